@@ -1,0 +1,1 @@
+"""Flow and diffusion policies for Stable-Baselines3."""

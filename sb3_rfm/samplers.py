@@ -1,0 +1,121 @@
+"""From a trained field to samples: ODE, reverse SDE and Langevin dynamics.
+
+Three ways to draw from p1, with times that run from noise (t = 0) to data (t = 1):
+
+- :func:`integrate_ode` follows any velocity ``v(x, t)``;
+- :func:`denoise` follows a *data* prediction ``E[x_1 | x_t]`` of any path; as every step is a convex-like combination of
+  the state and the prediction, a bounded prediction cannot make it diverge;
+- :func:`langevin` follows a score at one fixed noise level.
+
+Sources: Song et al., DDIM (arXiv 2010.02502), eq. 12; Song et al., score SDEs (arXiv 2011.13456);
+Roberts & Tweedie (1996) for Langevin dynamics.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sb3_rfm.paths import Path
+
+Field = Callable[[Tensor, Tensor], Tensor]
+"""A function of ``x`` (B, ..., D) and ``t`` (scalar tensor) with values (B, ..., D)."""
+
+
+def time_grid(n_steps: int, t_min: float = 0.0, t_max: float = 1.0, device: torch.device | str | None = None) -> Tensor:
+    """``n_steps + 1`` equally spaced times from ``t_min`` to ``t_max``.
+
+    :raises ValueError: unless ``n_steps >= 1`` and ``t_min < t_max``
+    """
+    if n_steps < 1:
+        raise ValueError(f"Sampling needs at least one step, got n_steps={n_steps}.")
+    if not t_min < t_max:
+        raise ValueError(f"Time runs from noise to data: expected t_min < t_max, got {t_min} and {t_max}.")
+    return torch.linspace(t_min, t_max, n_steps + 1, device=device)
+
+
+def integrate_ode(
+    velocity: Field, x: Tensor, times: Tensor, method: Literal["euler", "midpoint", "heun"] = "euler"
+) -> Tensor:
+    """Integrate ``dx/dt = v(x, t)`` over a grid of times.
+
+    :param velocity: ``v(x, t)``
+    :param x: State at ``times[0]``, (B, ..., D)
+    :param times: Increasing times, (N + 1,)
+    :param method: ``"euler"`` (N evaluations), ``"midpoint"`` or ``"heun"`` (2 N evaluations, second order)
+    :return: State at ``times[-1]``, (B, ..., D)
+    :raises ValueError: for an unknown method
+    """
+    if method not in ("euler", "midpoint", "heun"):
+        raise ValueError(f"Unknown ODE method {method!r}: expected 'euler', 'midpoint' or 'heun'.")
+    for t, t_next in zip(times[:-1], times[1:], strict=True):
+        dt = t_next - t
+        v = velocity(x, t)
+        if method == "midpoint":
+            v = velocity(x + 0.5 * dt * v, t + 0.5 * dt)
+        elif method == "heun":
+            v = 0.5 * (v + velocity(x + dt * v, t_next))
+        x = x + dt * v
+    return x
+
+
+def denoise(
+    data_prediction: Field,
+    x: Tensor,
+    times: Tensor,
+    path: Path,
+    noise_scale: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Carry noise to data with a data prediction; one sampler for the ODE and the reverse SDE.
+
+    Each step splits the state into predicted data and noise, ``x = alpha mu_1 + sigma mu_0``, and puts it together again
+    at the next time, with a part of the noise drawn afresh. On the conditional-OT path the ODE step is exactly Euler's.
+
+    :param data_prediction: ``mu_1(x, t) = E[x_1 | x_t = x]``
+    :param x: State at ``times[0]``, (B, ..., D)
+    :param times: Increasing times, (N + 1,); the last state returned is the data predicted at ``times[-2]`` where
+        ``sigma(times[-1]) = 0``
+    :param path: The probability path
+    :param noise_scale: 0 → probability-flow ODE (DDIM), 1 → reverse SDE (DDPM's posterior variance)
+    :param generator: Source of the fresh noise
+    :return: State at ``times[-1]``, (B, ..., D)
+    """
+    alpha, sigma = path.alpha(times), path.sigma(times)
+    for i in range(len(times) - 1):
+        x_1 = data_prediction(x, times[i])
+        x_0 = (x - alpha[i] * x_1) / sigma[i]
+        if noise_scale == 0:
+            x = alpha[i + 1] * x_1 + sigma[i + 1] * x_0
+            continue
+        # DDIM's eq. 16, written for any (alpha, sigma): the share of the noise that is replaced.
+        ratio = (alpha[i] * sigma[i + 1] / (alpha[i + 1] * sigma[i])) ** 2
+        fresh = noise_scale * sigma[i + 1] * torch.sqrt((1 - ratio).clamp(min=0))
+        kept = torch.sqrt((sigma[i + 1] ** 2 - fresh**2).clamp(min=0))
+        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        x = alpha[i + 1] * x_1 + kept * x_0 + fresh * noise
+    return x
+
+
+def langevin(
+    score: Callable[[Tensor], Tensor],
+    x: Tensor,
+    step_size: float | Tensor,
+    n_steps: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Unadjusted Langevin dynamics ``x <- x + step_size * score(x) + sqrt(2 step_size) * noise``.
+
+    :param score: ``grad log p(x)``, (B, ..., D) → (B, ..., D)
+    :param x: Starting points, (B, ..., D)
+    :param step_size: In squared units of ``x``
+    :param n_steps: Number of steps
+    :param generator: Source of the noise
+    :return: Samples, (B, ..., D)
+    """
+    noise_size = (2 * step_size) ** 0.5
+    for _ in range(n_steps):
+        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        x = x + step_size * score(x) + noise_size * noise
+    return x
