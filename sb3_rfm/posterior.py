@@ -18,6 +18,7 @@ functionals (arXiv 1410.2392); Owen, Monte Carlo theory, methods and examples, c
 self-normalised estimates.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -374,4 +375,4 @@ def _variance(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _log(share: float) -> float:
-    return float(torch.tensor(share).log())
+    return math.log(share) if share > 0 else -math.inf

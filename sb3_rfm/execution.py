@@ -1,0 +1,125 @@
+"""How the same functions run fast: eager, compiled, with CUDA graphs, and in which precision.
+
+The mathematics of the package is written once, as plain functions of tensors. This module decides how they are executed:
+
+- ``"eager"``: as written;
+- ``"compile"``: by ``torch.compile``;
+- ``"cuda_graph"``: by ``torch.compile`` with CUDA graphs (a GPU is needed);
+- ``"auto"``: compiled, on the GPU with graphs, where a compiler is at hand and the run is long enough to repay it;
+  else eager.
+
+A function that cannot be compiled falls back to eager execution on its own, with a warning. Random numbers are drawn by the
+eager generators in every mode, so that all modes see the same noise.
+"""
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+
+ExecutionMode = Literal["auto", "eager", "compile", "cuda_graph"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MIN_UPDATES_TO_COMPILE = 2_000
+"""With ``"auto"``: compiling takes about as long as this many eager updates save."""
+
+
+def check_execution(execution: str, precision: str) -> None:
+    """Validate the two arguments.
+
+    :raises ValueError: for unknown values
+    """
+    if execution not in ("auto", "eager", "compile", "cuda_graph"):
+        raise ValueError(f"execution must be 'auto', 'eager', 'compile' or 'cuda_graph', got {execution!r}.")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"precision must be 'auto', 'float32' or 'bfloat16', got {precision!r}.")
+
+
+def has_compiler() -> bool:
+    """Whether ``torch.compile`` can build code for the CPU here."""
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl"))
+
+
+def resolve_mode(execution: ExecutionMode, device: torch.device, n_updates: int) -> Literal["eager", "compile", "cuda_graph"]:
+    """The mode that ``execution`` stands for.
+
+    :param execution: What the user asked for
+    :param device: Where the networks are
+    :param n_updates: Updates that are expected
+    """
+    if execution == "cuda_graph" and device.type != "cuda":
+        return "compile"
+    if execution != "auto":
+        return execution
+    if n_updates < MIN_UPDATES_TO_COMPILE:
+        return "eager"
+    if device.type == "cuda":
+        return "cuda_graph"
+    return "compile" if device.type == "cpu" and has_compiler() else "eager"
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> bool:
+    """Whether candidates are evaluated in bfloat16; with ``"auto"``, where the hardware multiplies it natively."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+class Executor:
+    """Runs functions in one mode.
+
+    :param mode: ``"eager"``, ``"compile"`` or ``"cuda_graph"``
+    """
+
+    def __init__(self, mode: Literal["eager", "compile", "cuda_graph"] = "eager") -> None:
+        self.mode = mode
+
+    def prepare(self, function: Callable[P, T]) -> Callable[P, T]:
+        """Make ``function`` run in this mode; it must be a function of tensors and of module state.
+
+        :param function: What to run
+        :return: A function with the same results
+        """
+        if self.mode == "eager":
+            return function
+        options: dict[str, Any] = {"fallback_random": True}
+        if self.mode == "cuda_graph":
+            options["triton.cudagraphs"] = True
+        compiled = torch.compile(function, options=options, dynamic=False, fullgraph=True)
+        state = {"failed": False}
+
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            if state["failed"]:
+                return function(*args, **kwargs)
+            try:
+                with _compiler_settings():
+                    return compiled(*args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                state["failed"] = True
+                warnings.warn(
+                    f"{getattr(function, '__name__', function)} could not be compiled and runs eagerly: "
+                    f"{str(error).splitlines()[0]}",
+                    stacklevel=2,
+                )
+                return function(*args, **kwargs)
+
+        return run
+
+
+def _compiler_settings() -> contextlib.AbstractContextManager[Any]:
+    """Let the compiler see ``torch.autograd.grad``, by which the estimator takes gradients of log-densities."""
+    import torch._dynamo  # loading the compiler takes seconds; only who compiles pays for it
+
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        return torch._dynamo.config.patch(trace_autograd_ops=True)  # type: ignore[no-any-return]
+    return contextlib.nullcontext()

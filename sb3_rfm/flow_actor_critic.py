@@ -1,0 +1,493 @@
+"""The training loop that the flow-policy algorithms share.
+
+A batch's way through one update:
+
+    replay buffer → critic target → critic step → x_t on the path → posterior mean of the Boltzmann policy
+                  → regression of the flow → target networks
+
+The policy aimed at is ``pi(a|s) ∝ exp(Q(s, a) / temperature)``. In the latent ``u = atanh(a)`` its log-density is
+``Q(s, tanh u) / temperature + sum_j log sech^2 u_j`` (change of variables), and the flow regresses the posterior mean of
+``u_1`` given ``u_t`` under it.
+
+Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), algorithm 1.
+"""
+
+import math
+from abc import abstractmethod
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFrequencyUnit
+from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from torch import Tensor
+from torch.nn import functional as F
+
+from sb3_rfm.execution import ExecutionMode, Executor, Precision, check_execution, resolve_mode, resolve_precision
+from sb3_rfm.paths import Path, get_path
+from sb3_rfm.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy, QCritic, squash, unsquash
+from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean
+
+SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
+
+LATENT_SCALE = 1.0
+"""Spread of latents under a uniform action: the density sech^2 has standard deviation pi / sqrt(12) = 0.91."""
+
+TEMPERATURE_FRACTION = 0.05
+"""``temperature="auto"``: temperature over the spread of Q between random actions, per root of the action dimension."""
+
+
+def log_sech2(u: Tensor) -> Tensor:
+    """``log(1 - tanh(u)^2)`` without cancellation."""
+    return 2 * (math.log(2) - u - F.softplus(-2 * u))
+
+
+class FlowActorCritic(OffPolicyAlgorithm):
+    """Base of the flow-policy algorithms: everything but the regression target of the flow.
+
+    :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a :class:`~sb3_rfm.policies.FlowPolicy` class
+    :param env: Environment with a bounded ``Box`` action space, or its registered name
+    :param learning_rate: Of actor and critic; a number or a function of the remaining progress (1 → 0)
+    :param buffer_size: Size of the replay buffer, in transitions
+    :param learning_starts: Environment steps with random actions before learning starts
+    :param batch_size: Transitions per update
+    :param tau: Rate of the target critic's moving average
+    :param gamma: Discount factor
+    :param train_freq: Environment steps between updates; a number of steps, or ``(n, "step" | "episode")``
+    :param gradient_steps: Updates each time; -1 for as many as environment steps were done
+    :param action_noise: Noise added to the actions when exploring, besides the policy's own
+    :param replay_buffer_class: Replay buffer class; chosen from the observation space by default
+    :param replay_buffer_kwargs: Its keyword arguments
+    :param optimize_memory_usage: See SB3's ``ReplayBuffer``
+    :param n_steps: Steps of the n-step return
+    :param temperature: λ of the target ``exp(Q / λ)``, in units of the reward; or ``"auto"``: 0.05 times the standard
+        deviation of Q between random actions over the root of the action dimension, which makes learning independent of
+        the reward's scale
+    :param n_candidates: Candidates K at which Q (and its gradient) is evaluated for each ``x_t``
+    :param coefficient: Control-variate coefficient in noise coordinates, where the algorithm leaves a choice
+    :param path: ``"cond_ot"``, ``"cosine"``, ``"linear_vp"`` or ``"ve"``
+    :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"`` dynamics at the last noise level
+    :param integration_steps: Network evaluations from noise to action
+    :param proposal: Where the ``x_t`` of the regression come from: ``"replay"`` → noised replayed actions, ``"policy"`` →
+        noised actions of the current policy at replayed states
+    :param n_particles: Particles drawn when acting, one of which is chosen with probability ∝ exp(min Q / λ)
+    :param n_target_particles: The same in the critic's target, and in ``proposal="policy"``
+    :param t_min: Training times lie in [t_min, 1 - t_min]; sampling starts at t_min
+    :param max_grad_norm: Largest norm of a gradient of actor or critic; None for no clipping
+    :param execution: How updates and actions are computed: ``"auto"``, ``"eager"``, ``"compile"`` or ``"cuda_graph"``; see
+        :mod:`sb3_rfm.execution`
+    :param precision: Precision in which candidates are evaluated: ``"auto"``, ``"float32"`` or ``"bfloat16"``
+    :param stats_window_size: Episodes over which rollout statistics are averaged
+    :param tensorboard_log: Where to write TensorBoard logs
+    :param policy_kwargs: Keyword arguments of the policy, see :class:`~sb3_rfm.policies.FlowPolicy`
+    :param verbose: 0: silent, 1: information, 2: debug
+    :param seed: Seed of all random generators
+    :param device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+    :param _init_setup_model: Whether to build the networks when the instance is created
+    :raises ValueError: for arguments out of range
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: FlowPolicy
+    critic: QCritic
+    critic_target: QCritic
+    default_coefficient: ClassVar[Coefficient | None] = None
+    coefficient_is_fixed: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        policy: str | type[FlowPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        temperature: float | str = "auto",
+        n_candidates: int = 16,
+        coefficient: Coefficient | None = None,
+        path: str | Path = "cond_ot",
+        sampler: str = "ode",
+        integration_steps: int = 5,
+        proposal: str = "replay",
+        n_particles: int = 8,
+        n_target_particles: int = 1,
+        t_min: float = 0.01,
+        max_grad_norm: float | None = None,
+        execution: ExecutionMode = "auto",
+        precision: Precision = "auto",
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            support_multi_env=True,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+        )
+        self.temperature = temperature
+        self.n_candidates = n_candidates
+        self.coefficient = coefficient
+        self.path = path
+        self.sampler = sampler
+        self.integration_steps = integration_steps
+        self.proposal = proposal
+        self.n_particles = n_particles
+        self.n_target_particles = n_target_particles
+        self.t_min = t_min
+        self.max_grad_norm = max_grad_norm
+        self.execution = execution
+        self.precision = precision
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        super()._setup_model()
+        self.policy.configure_sampling(
+            self.path, self.sampler, self.integration_steps, self.n_particles, self.t_min
+        )
+        if self.temperature != "auto":
+            self.policy.temperature.fill_(float(self.temperature))
+        self._path = get_path(self.path)
+        self.actor = self.policy.actor
+        self.critic = self.policy.critic
+        self.critic_target = self.policy.critic_target
+        self._reduced = resolve_precision(self.precision, self.device)
+        self._prepare_functions(Executor())
+        self._batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+        self._batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+
+    def _prepare_functions(self, executor: Executor) -> None:
+        """Have the functions that take the time run by ``executor``."""
+        self._executor = executor
+        self._run_critic_loss = executor.prepare(self._critic_loss)
+        self._run_actor_loss = executor.prepare(self._actor_loss)
+        self.policy.run_act = executor.prepare(self.policy.act)
+
+    def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
+        total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
+        mode = resolve_mode(self.execution, self.device, self._expected_updates(total_timesteps))
+        if mode != self._executor.mode:
+            self._prepare_functions(Executor(mode))
+        return total_timesteps, callback
+
+    def _expected_updates(self, total_timesteps: int) -> int:
+        """Updates that ``total_timesteps`` environment steps will bring."""
+        steps = max(total_timesteps - self.num_timesteps, 0)
+        if self.gradient_steps < 0 or self.train_freq.unit == TrainFrequencyUnit.EPISODE:  # type: ignore[union-attr]
+            return steps
+        return steps * self.gradient_steps // (self.train_freq.frequency * self.n_envs)  # type: ignore[union-attr]
+
+    def _check_arguments(self) -> None:
+        """Refuse arguments out of range before anything is built."""
+        if self.temperature != "auto" and not (_is_number(self.temperature) and self.temperature > 0):  # type: ignore[operator]
+            raise ValueError(f"temperature must be 'auto' or a positive number, got {self.temperature!r}.")
+        if self.coefficient is None:
+            self.coefficient = self.default_coefficient
+        elif self.coefficient_is_fixed and self.coefficient != self.default_coefficient:
+            raise ValueError(
+                f"The coefficient of {type(self).__name__} is fixed at {self.default_coefficient}, got {self.coefficient!r}; "
+                "use RFM to choose one."
+            )
+        for name in ("n_candidates", "integration_steps", "n_particles", "n_target_particles"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        if self.sampler not in ("ode", "sde", "langevin"):
+            raise ValueError(f"sampler must be 'ode', 'sde' or 'langevin', got {self.sampler!r}.")
+        if self.proposal not in ("replay", "policy"):
+            raise ValueError(f"proposal must be 'replay' or 'policy', got {self.proposal!r}.")
+        if not (_is_number(self.t_min) and 0 < self.t_min < 0.5):
+            raise ValueError(f"t_min must lie strictly between 0 and 1/2, got {self.t_min!r}.")
+        if self.max_grad_norm is not None and not (_is_number(self.max_grad_norm) and self.max_grad_norm > 0):
+            raise ValueError(f"max_grad_norm must be None or a positive number, got {self.max_grad_norm!r}.")
+        get_path(self.path)
+        check_execution(self.execution, self.precision)
+
+    # The update
+
+    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        """Do ``gradient_steps`` updates on batches of ``batch_size`` transitions."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+
+        history: list[dict[str, Tensor]] = []
+        for _ in range(gradient_steps):
+            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            self._update_reward_scale(batch.rewards)
+            metrics = self._update_critic(batch)
+            metrics |= self._update_actor(batch)
+            if self.temperature == "auto":
+                self._update_temperature(metrics["action_spread"])
+            metrics["temperature"] = self.policy.temperature.clone()
+            polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+            polyak_update(self._batch_norm_stats, self._batch_norm_stats_target, 1.0)
+            self._n_updates += 1
+            history.append(metrics)
+        self._log(history)
+
+    def _update_critic(self, batch: Any) -> dict[str, Tensor]:
+        """One step of the critics."""
+        discounts = th.full_like(batch.rewards, self.gamma) if batch.discounts is None else batch.discounts
+        with th.no_grad():
+            next_actor_features = self.actor.features(batch.next_observations)
+            next_critic_features = self.critic_target.features(batch.next_observations)
+        loss, metrics = self._run_critic_loss(
+            self.critic.features(batch.observations),
+            batch.actions,
+            next_actor_features,
+            next_critic_features,
+            batch.rewards.flatten(),
+            ((1 - batch.dones) * discounts).flatten(),
+        )
+        self._step(self.critic.optimizer, loss)
+        return metrics
+
+    def _update_actor(self, batch: Any) -> dict[str, Tensor]:
+        """One regression step of the flow."""
+        with th.no_grad():
+            critic_features = self.critic.features(batch.observations)
+        loss, metrics = self._run_actor_loss(self.actor.features(batch.observations), critic_features, batch.actions)
+        self._step(self.actor.optimizer, loss)
+        return metrics
+
+    def _critic_loss(
+        self,
+        features: Tensor,
+        actions: Tensor,
+        next_actor_features: Tensor,
+        next_critic_features: Tensor,
+        rewards: Tensor,
+        discounts: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the critics against ``r + discount * min_i Q'_i(s', a')``, with a' from the policy.
+
+        :param features: Critic features of the observations, (B, F)
+        :param actions: (B, D), in [-1, 1]
+        :param next_actor_features: Actor features of the next observations, (B, F)
+        :param next_critic_features: Target-critic features of the next observations, (B, F)
+        :param rewards: (B,)
+        :param discounts: Discount factors, 0 after termination, (B,)
+        :return: Scalar loss, in squared units of ``critic.scale``, and metrics
+        """
+        with th.no_grad():
+            latents, next_q = self._sample_policy(next_actor_features, self.critic_target, next_critic_features)
+            target = rewards + discounts * next_q
+        q = self.critic.q_values(self.critic.encode(features), actions)
+        loss = 0.5 * ((q - target) / self.critic.scale).square().mean(1).sum()
+        return loss, {
+            "critic_loss": loss.detach(),
+            "q_mean": q.detach().mean(),
+            "latent_max": latents.abs().amax(),
+            "saturation": (squash(latents).abs() > 0.99).float().mean(),
+        }
+
+    def _actor_loss(
+        self, actor_features: Tensor, critic_features: Tensor, actions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the flow's data prediction against the posterior mean of the Boltzmann policy.
+
+        :param actor_features: (B, F)
+        :param critic_features: (B, F)
+        :param actions: Replayed actions, (B, D), in [-1, 1]
+        :return: Scalar loss, in squared units of the latent, and metrics
+        """
+        with th.no_grad():
+            encoded_q = self.critic.encode(critic_features)
+            x_1 = unsquash(actions)
+            if self.proposal == "policy":
+                x_1, _ = self._sample_policy(actor_features, self.critic, critic_features)
+            t = self.t_min + (1 - 2 * self.t_min) * th.rand(x_1.shape[0], device=x_1.device)
+            x_t = self._path.interpolate(th.randn_like(x_1), x_1, t)
+            spread = self._action_spread(encoded_q)
+
+        def log_prob(u: Tensor) -> Tensor:
+            q = self.critic.min_q(encoded_q, squash(u), self._reduced)
+            return q / self.policy.temperature + log_sech2(u).sum(-1)
+
+        prediction = self.actor.predict_data(self.actor.network.encode(actor_features), x_t, t)
+        posterior = self._posterior_mean(log_prob, x_t, t, prediction.detach())
+        loss = (prediction - posterior.x1).square().sum(-1).mean()
+        return loss, {
+            "actor_loss": loss.detach(),
+            "ess": posterior.ess.mean(),
+            "coefficient": posterior.coefficient.mean(),
+            "variance_ratio": posterior.variance_ratio.median(),
+            "action_spread": spread,
+        }
+
+    @abstractmethod
+    def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
+        """What the flow is regressed on: the one thing that distinguishes the algorithms.
+
+        :param log_prob: Log-density of the Boltzmann policy in the latent, (B, K, D) → (B, K)
+        :param x_t: Points of the path, (B, D)
+        :param t: (B,)
+        :param guess: The flow's own prediction of the data mean, (B, D)
+        """
+
+    def _sample_policy(self, actor_features: Tensor, critic: QCritic, critic_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw from the current policy.
+
+        :param actor_features: (B, F)
+        :param critic: The critic that chooses among ``n_target_particles``
+        :param critic_features: Its features, (B, F)
+        :return: Latents (B, D), and the critic's min Q there (B,)
+        """
+        noise = th.randn(len(actor_features), self.n_target_particles, self.policy.actor.action_dim, device=self.device)
+        latents = self.policy.sample_latents(actor_features, noise)
+        q = critic.min_q(critic.encode(critic_features), squash(latents))
+        if self.n_target_particles == 1:
+            return latents[:, 0], q[:, 0]
+        index = self.policy.choose_index(q)
+        return th.take_along_dim(latents, index[..., None], 1)[:, 0], th.take_along_dim(q, index, 1)[:, 0]
+
+    def _step(self, optimizer: th.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.max_grad_norm is not None:
+            for group in optimizer.param_groups:
+                th.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+        optimizer.step()
+
+    # Scales: what makes learning independent of the units of the reward
+
+    @th.no_grad()
+    def _update_reward_scale(self, rewards: Tensor) -> None:
+        """Keep the critics' unit at the mean size of a reward, so that values are of order 1 / (1 - gamma) in it."""
+        size = rewards.abs().mean()
+        old = self.critic.scale
+        rate = max(1 / (self._n_updates + 1), 1e-3)
+        new = size if self._n_updates == 0 else old + rate * (size - old)
+        new = th.where(new > 0, new, old)
+        self.critic.rescale(new)
+        self.critic_target.rescale(new)
+
+    def _action_spread(self, encoded_q: list[Tensor], n_states: int = 32, n_actions: int = 4) -> Tensor:
+        """Standard deviation of min Q between uniformly random actions at the same state, a scalar."""
+        encoded = [e[:n_states] for e in encoded_q]
+        actions = 2 * th.rand(n_states, n_actions, self.actor.action_dim, device=self.device) - 1
+        return self.critic.min_q(encoded, actions).var(dim=1).mean().sqrt()
+
+    @th.no_grad()
+    def _update_temperature(self, spread: Tensor) -> None:
+        """``temperature="auto"``: follow the spread of Q between random actions.
+
+        A Boltzmann policy over D independent action dimensions whose Q has standard deviation S between random actions
+        keeps the same entropy in each dimension, whatever S and D, when the temperature is proportional to S / sqrt(D).
+        """
+        value = TEMPERATURE_FRACTION * spread / self.actor.action_dim**0.5
+        rate = max(1 / (self._n_updates + 1), 5e-3)
+        self.policy.temperature.lerp_(value.clamp(min=1e-12), rate)
+
+    # Logging and persistence
+
+    def _log(self, history: list[dict[str, Tensor]]) -> None:
+        """Record the mean of each metric over the updates; one transfer from the device for all of them."""
+        if not history:
+            return
+        names = list(history[0])
+        values = th.stack([th.stack([metrics[name] for name in names]) for metrics in history]).mean(0).tolist()
+        for name, value in zip(names, values, strict=True):
+            self.logger.record(f"train/{name}", value)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """Store a transition, unless the environment returned something that would destroy the weights."""
+        _check_finite("reward", reward)
+        if isinstance(new_obs, dict):
+            for key, value in new_obs.items():
+                _check_finite(f"observation {key!r}", value)
+        else:
+            _check_finite("observation", new_obs)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def learn(
+        self: SelfFlowActorCritic,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfFlowActorCritic:
+        """Learn for ``total_timesteps`` environment steps; see SB3's ``BaseAlgorithm.learn``."""
+        return super().learn(
+            total_timesteps,
+            callback,
+            log_interval,
+            type(self).__name__ if tb_log_name is None else tb_log_name,
+            reset_num_timesteps,
+            progress_bar,
+        )
+
+    def _excluded_save_params(self) -> list[str]:
+        own = ["actor", "critic", "critic_target", "_path", "_batch_norm_stats", "_batch_norm_stats_target"]
+        own += ["_executor", "_run_critic_loss", "_run_actor_loss", "_reduced"]
+        return super()._excluded_save_params() + own
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "actor.optimizer", "critic.optimizer"], []
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_finite(name: str, values: np.ndarray) -> None:
+    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+        raise ValueError(
+            f"The environment returned a {name} that is not finite: {values}. Nothing was learned from it; "
+            "the weights and the replay buffer are as they were before this step."
+        )

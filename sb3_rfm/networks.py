@@ -1,0 +1,87 @@
+"""Networks of flow policies: one conditional MLP serves as the flow's data prediction and as a Q-function.
+
+Both answer many queries about one state: a critic is asked about K candidate actions, a flow about P particles at N times.
+:class:`ConditionalMLP` therefore splits its first layer, ``W [context, x] + b = (W_c context + b) + W_x x``, so that the
+context's part is computed once per state.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ConditionalMLP(nn.Module):
+    """An MLP of ``(context, x)`` that shares the context's share of the first layer among many ``x``.
+
+    :param context_dim: Size C of the context
+    :param input_dim: Size D of the queries
+    :param output_dim: Size O of the answers
+    :param net_arch: Widths of the hidden layers; may be empty
+    :param activation_fn: Activation between layers
+    """
+
+    def __init__(
+        self, context_dim: int, input_dim: int, output_dim: int, net_arch: list[int], activation_fn: type[nn.Module] = nn.ReLU
+    ) -> None:
+        super().__init__()
+        widths = [context_dim + input_dim, *net_arch, output_dim]
+        layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)]
+        self.context_dim = context_dim
+        self.first = layers[0]
+        self.hidden = nn.Sequential(*(module for layer in layers[1:-1] for module in (activation_fn(), layer)))
+        self.last = nn.Sequential(activation_fn(), layers[-1]) if net_arch else nn.Identity()
+
+    @property
+    def output_layer(self) -> nn.Linear:
+        """The layer that the answers are linear in."""
+        layer = self.last[-1] if isinstance(self.last, nn.Sequential) else self.first
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def encode(self, context: Tensor) -> Tensor:
+        """The context's share of the first layer, (B, C) → (B, H)."""
+        return F.linear(context, self.first.weight[:, : self.context_dim], self.first.bias)
+
+    def decode(self, encoded: Tensor, x: Tensor, reduced: bool = False) -> Tensor:
+        """Answer queries about encoded contexts.
+
+        :param encoded: Result of :meth:`encode`, (B, H)
+        :param x: Queries, (B, D) or (B, K, D)
+        :param reduced: Compute the hidden layers in bfloat16; the first and the last stay in full precision
+        :return: (B, O) or (B, K, O)
+        """
+        if x.dim() == 3:
+            encoded = encoded.unsqueeze(1)
+        h = encoded + F.linear(x, self.first.weight[:, self.context_dim :])
+        if reduced:
+            with torch.autocast(h.device.type, torch.bfloat16):
+                h = self.hidden(h)
+            h = h.float()
+        else:
+            h = self.hidden(h)
+        return self.last(h)
+
+    def forward(self, context: Tensor, x: Tensor) -> Tensor:
+        """``decode(encode(context), x)``."""
+        return self.decode(self.encode(context), x)
+
+
+class TimeEmbedding(nn.Module):
+    """Fourier features of the time, ``[cos(pi k t), sin(pi k t)]`` for k = 1, ..., n.
+
+    :param n_frequencies: Number n of frequencies
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, n_frequencies: int = 8) -> None:
+        super().__init__()
+        self.dim = 2 * n_frequencies
+        self.register_buffer("frequencies", math.pi * torch.arange(1, n_frequencies + 1), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(...) → (..., 2 n)"""
+        angles = t.unsqueeze(-1) * self.frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -1,0 +1,36 @@
+"""Q-score matching: the score at the noisy action is set to the gradient of Q there.
+
+Source: Psenka et al., Q-score matching (arXiv 2312.11752). The regression is not consistent with the Boltzmann policy for
+0 < t < 1; that is a property of the method.
+"""
+
+import torch as th
+from torch import Tensor
+
+from sb3_rfm.flow_actor_critic import FlowActorCritic
+from sb3_rfm.policies import LATENT_BOUND
+from sb3_rfm.posterior import LogProb, PosteriorMean, value_and_gradient
+
+
+class QSM(FlowActorCritic):
+    """Q-Score Matching: one gradient of Q at ``x_t`` and no candidates.
+
+    The parameters are those of :class:`~sb3_rfm.flow_actor_critic.FlowActorCritic`; ``n_candidates`` is not used and there
+    is no ``coefficient``. ``sampler`` chooses between reverse diffusion, its ODE, and Langevin dynamics.
+    """
+
+    def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
+        _, score = value_and_gradient(log_prob, x_t.unsqueeze(1))
+        # The data mean that has this score, kept where the flow's prediction can follow it.
+        x_1 = self._path.convert(score.squeeze(1), x_t, t, source="score", target="data").clamp(-LATENT_BOUND, LATENT_BOUND)
+        x_0 = self._path.noise_from_data(x_1, x_t, t)
+        one = th.ones_like(t)
+        return PosteriorMean(
+            x0=x_0,
+            x1=x_1,
+            velocity=self._path.velocity(x_0, x_1, t),
+            score=self._path.convert(x_1, x_t, t, source="data", target="score"),
+            ess=one,
+            coefficient=th.ones_like(x_t),
+            variance_ratio=one,
+        )

@@ -1,0 +1,39 @@
+"""Reverse flow matching: the flow is regressed on the posterior mean of least variance.
+
+Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136).
+"""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from sb3_rfm.flow_actor_critic import LATENT_SCALE, FlowActorCritic
+from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean, PosteriorMeanEstimator, check_coefficient
+
+
+class RFM(FlowActorCritic):
+    """Reverse Flow Matching: Q and its gradient at K candidates, combined by the best control variate.
+
+    The parameters are those of :class:`~sb3_rfm.flow_actor_critic.FlowActorCritic`; ``coefficient`` may be ``"optimal"``
+    (the default), a number, or one number for each action dimension.
+    """
+
+    default_coefficient: ClassVar[Coefficient] = "optimal"
+    coefficient_is_fixed: ClassVar[bool] = False
+    estimator: PosteriorMeanEstimator
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self.estimator = PosteriorMeanEstimator(
+            self.path, self.n_candidates, self.coefficient, data_scale=LATENT_SCALE
+        )
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        check_coefficient(self.coefficient)
+
+    def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
+        return self.estimator.estimate(log_prob, x_t, t, self.estimator.draw(x_t, t, guess=guess))
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "estimator"]
