@@ -204,6 +204,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
         """Have the functions that take the time run by ``executor``."""
         self._executor = executor
         self._run_critic_loss = executor.prepare(self._critic_loss)
+        self._run_regression_target = executor.prepare(self._regression_target)
         self._run_actor_loss = executor.prepare(self._actor_loss)
         self.policy.run_act = executor.prepare(self.policy.act)
 
@@ -288,11 +289,13 @@ class FlowActorCritic(OffPolicyAlgorithm):
 
     def _update_actor(self, batch: Any) -> dict[str, Tensor]:
         """One regression step of the flow."""
+        features = self.actor.features(batch.observations)
         with th.no_grad():
             critic_features = self.critic.features(batch.observations)
-        loss, metrics = self._run_actor_loss(self.actor.features(batch.observations), critic_features, batch.actions)
+            x_t, t, target, metrics = self._run_regression_target(features.detach(), critic_features, batch.actions)
+        loss = self._run_actor_loss(features, x_t, t, target)
         self._step(self.actor.optimizer, loss)
-        return metrics
+        return {"actor_loss": loss.detach()} | metrics
 
     def _critic_loss(
         self,
@@ -325,39 +328,52 @@ class FlowActorCritic(OffPolicyAlgorithm):
             "saturation": (squash(latents).abs() > 0.99).float().mean(),
         }
 
-    def _actor_loss(
+    def _regression_target(
         self, actor_features: Tensor, critic_features: Tensor, actions: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the flow's data prediction against the posterior mean of the Boltzmann policy.
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Points of the path, and the posterior mean of the Boltzmann policy's latent there.
 
         :param actor_features: (B, F)
         :param critic_features: (B, F)
         :param actions: Replayed actions, (B, D), in [-1, 1]
-        :return: Scalar loss, in squared units of the latent, and metrics
+        :return: ``x_t`` (B, D), ``t`` (B,), ``E[u_1 | u_t = x_t]`` (B, D), and metrics
         """
-        with th.no_grad():
-            encoded_q = self.critic.encode(critic_features)
-            x_1 = unsquash(actions)
-            if self.proposal == "policy":
-                x_1, _ = self._sample_policy(actor_features, self.critic, critic_features)
-            t = self.t_min + (1 - 2 * self.t_min) * th.rand(x_1.shape[0], device=x_1.device)
-            x_t = self._path.interpolate(th.randn_like(x_1), x_1, t)
-            spread = self._action_spread(encoded_q)
+        encoded_q = self.critic.encode(critic_features)
+        x_1 = unsquash(actions)
+        if self.proposal == "policy":
+            x_1, _ = self._sample_policy(actor_features, self.critic, critic_features)
+        t = self.t_min + (1 - 2 * self.t_min) * th.rand(x_1.shape[0], device=x_1.device)
+        x_t = self._path.interpolate(th.randn_like(x_1), x_1, t)
 
         def log_prob(u: Tensor) -> Tensor:
             q = self.critic.min_q(encoded_q, squash(u), self._reduced)
             return q / self.policy.temperature + log_sech2(u).sum(-1)
 
-        prediction = self.actor.predict_data(self.actor.network.encode(actor_features), x_t, t)
-        posterior = self._posterior_mean(log_prob, x_t, t, prediction.detach())
-        loss = (prediction - posterior.x1).square().sum(-1).mean()
-        return loss, {
-            "actor_loss": loss.detach(),
-            "ess": posterior.ess.mean(),
-            "coefficient": posterior.coefficient.mean(),
-            "variance_ratio": posterior.variance_ratio.median(),
-            "action_spread": spread,
-        }
+        guess = self.actor.predict_data(self.actor.network.encode(actor_features), x_t, t)
+        posterior = self._posterior_mean(log_prob, x_t, t, guess)
+        return (
+            x_t,
+            t,
+            posterior.x1,
+            {
+                "ess": posterior.ess.mean(),
+                "coefficient": posterior.coefficient.mean(),
+                "variance_ratio": posterior.variance_ratio.median(),
+                "action_spread": self._action_spread(encoded_q),
+            },
+        )
+
+    def _actor_loss(self, features: Tensor, x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
+        """Squared error of the flow's data prediction.
+
+        :param features: Actor features, (B, F)
+        :param x_t: (B, D)
+        :param t: (B,)
+        :param target: (B, D)
+        :return: Scalar loss, in squared units of the latent
+        """
+        prediction = self.actor.predict_data(self.actor.network.encode(features), x_t, t)
+        return (prediction - target).square().sum(-1).mean()
 
     @abstractmethod
     def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
@@ -474,7 +490,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "critic", "critic_target", "_path", "_batch_norm_stats", "_batch_norm_stats_target"]
-        own += ["_executor", "_run_critic_loss", "_run_actor_loss", "_reduced"]
+        own += ["_executor", "_run_critic_loss", "_run_regression_target", "_run_actor_loss", "_reduced"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
