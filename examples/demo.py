@@ -188,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     :return: The folder with the results
     """
     args = parse_arguments(argv)
+    print(f"Training RFM on cartpole-swingup for {args.steps:,} steps; Ctrl-C ends it early.", flush=True)
     choose_renderer()
     run: Path = args.runs / f"cartpole-swingup-{datetime.now():%Y%m%d-%H%M%S}"
     run.mkdir(parents=True)
@@ -203,7 +204,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
         returns, _ = evaluate_policy(model, eval_env, args.eval_episodes, return_episode_rewards=True)
         return np.asarray(returns)
 
-    print(f"Training RFM on cartpole-swingup for {args.steps:,} steps; Ctrl-C ends it early.")
     before = evaluate()
     print(f"step       0   mean return {np.mean(before):4.0f}", flush=True)
 
