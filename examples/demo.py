@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         f"  model.zip            RFM.load('{run / 'model'}')\n"
         f"  learning_curve.png   returns while learning\n"
         f"  video.mp4            one episode of the trained policy, return {filmed:.0f}\n"
-        f"  tensorboard_1/       tensorboard --logdir {args.runs}\n"
+        f"  tensorboard_1/       {os.path.relpath(sys.executable)} -m tensorboard.main --logdir {args.runs}\n"
         f"  training.monitor.csv and evaluations.npz, the numbers behind the picture"
     )
     if not rendered:
