@@ -24,7 +24,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFrequencyUnit
-from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from stable_baselines3.common.utils import get_parameters_by_name
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -197,8 +197,12 @@ class FlowActorCritic(OffPolicyAlgorithm):
         self.critic_target = self.policy.critic_target
         self._reduced = resolve_precision(self.precision, self.device)
         self._prepare_functions(Executor())
-        self._batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self._batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        self._polyak_tensors = (
+            list(self.critic.parameters()),
+            list(self.critic_target.parameters()),
+            get_parameters_by_name(self.critic, ["running_"]),
+            get_parameters_by_name(self.critic_target, ["running_"]),
+        )
 
     def _prepare_functions(self, executor: Executor) -> None:
         """Have the functions that take the time run by ``executor``."""
@@ -264,8 +268,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
             if self.temperature == "auto":
                 self._update_temperature(metrics["action_spread"])
             metrics["temperature"] = self.policy.temperature.clone()
-            polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
-            polyak_update(self._batch_norm_stats, self._batch_norm_stats_target, 1.0)
+            self._update_target_critic()
             self._n_updates += 1
             history.append(metrics)
         self._log(history)
@@ -394,12 +397,20 @@ class FlowActorCritic(OffPolicyAlgorithm):
         :return: Latents (B, D), and the critic's min Q there (B,)
         """
         noise = th.randn(len(actor_features), self.n_target_particles, self.policy.actor.action_dim, device=self.device)
-        latents = self.policy.sample_latents(actor_features, noise)
+        latents = self.policy.actor.sample_latents(actor_features, noise, reduced=self._reduced)
         q = critic.min_q(critic.encode(critic_features), squash(latents))
         if self.n_target_particles == 1:
             return latents[:, 0], q[:, 0]
         index = self.policy.choose_index(q)
         return th.take_along_dim(latents, index[..., None], 1)[:, 0], th.take_along_dim(q, index, 1)[:, 0]
+
+    @th.no_grad()
+    def _update_target_critic(self) -> None:
+        """Move the target critic towards the critic, in one call for all parameters; batch-norm statistics are copied."""
+        online, target, online_stats, target_stats = self._polyak_tensors
+        th._foreach_lerp_(target, online, self.tau)
+        if online_stats:
+            th._foreach_copy_(target_stats, online_stats)
 
     def _step(self, optimizer: th.optim.Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -413,12 +424,15 @@ class FlowActorCritic(OffPolicyAlgorithm):
 
     @th.no_grad()
     def _update_reward_scale(self, rewards: Tensor) -> None:
-        """Keep the critics' unit at the mean size of a reward, so that values are of order 1 / (1 - gamma) in it."""
+        """Keep the critics' unit at the mean size of a reward, so that values are of order 1 / (1 - gamma) in it.
+
+        Batches without any reward do not count: where rewards are sparse, the unit would shrink towards zero.
+        """
         size = rewards.abs().mean()
         old = self.critic.scale
-        rate = max(1 / (self._n_updates + 1), 1e-3)
-        new = size if self._n_updates == 0 else old + rate * (size - old)
-        new = th.where(new > 0, new, old)
+        n_batches = self.policy.n_rewarded_batches
+        n_batches += size > 0
+        new = th.where(size > 0, old + (1 / n_batches).clamp(1e-3, 1) * (size - old), old)
         self.critic.rescale(new)
         self.critic_target.rescale(new)
 
@@ -489,7 +503,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
         )
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["actor", "critic", "critic_target", "_path", "_batch_norm_stats", "_batch_norm_stats_target"]
+        own = ["actor", "critic", "critic_target", "_path", "_polyak_tensors"]
         own += ["_executor", "_run_critic_loss", "_run_regression_target", "_run_actor_loss", "_reduced"]
         return super()._excluded_save_params() + own
 

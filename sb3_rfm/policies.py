@@ -41,8 +41,20 @@ def unsquash(actions: Tensor) -> Tensor:
     return th.atanh(actions.clamp(-limit, limit))
 
 
-class FlowActor(BaseModel):
-    """The flow: a bounded prediction of the data end of the path at ``(s, u_t, t)``.
+class BoundedPolicy(BasePolicy):
+    """A policy whose actions never leave their box by a rounding."""
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """Rescale actions from [-1, 1] to the action space."""
+        low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
+        actions = np.clip(super().unscale_action(scaled_action), low, high)
+        return actions.astype(self.action_space.dtype, copy=False)
+
+
+class FlowActor(BoundedPolicy):
+    """The flow: a bounded prediction of the data end of the path at ``(s, u_t, t)``, and the sampler that follows it.
+
+    On its own it is a policy of one particle; the deterministic one starts from the centre of the source.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -51,6 +63,10 @@ class FlowActor(BaseModel):
     :param features_dim: Number of features
     :param activation_fn: Activation function
     :param normalize_images: Whether to divide images by 255
+    :param path: Probability path of the flow
+    :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"``
+    :param integration_steps: Steps from noise to action
+    :param t_min: Time at which sampling starts
     """
 
     def __init__(
@@ -62,15 +78,47 @@ class FlowActor(BaseModel):
         features_dim: int,
         activation_fn: type[nn.Module] = nn.ReLU,
         normalize_images: bool = True,
+        path: str | Path = "cond_ot",
+        sampler: str = "ode",
+        integration_steps: int = 5,
+        t_min: float = 0.01,
     ) -> None:
         super().__init__(
-            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+            squash_output=True,
         )
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
         self.action_dim = get_action_dim(action_space)
         self.time_embedding = TimeEmbedding()
         self.network = ConditionalMLP(
             features_dim, self.action_dim + self.time_embedding.dim, self.action_dim, net_arch, activation_fn
         )
+        self.configure_sampling(path, sampler, integration_steps, t_min)
+
+    def configure_sampling(self, path: str | Path, sampler: str, integration_steps: int, t_min: float) -> None:
+        """Choose how latents are drawn from the flow; see the class for the parameters."""
+        self.path, self.sampler, self.integration_steps, self.t_min = path, sampler, integration_steps, t_min
+        self._path = get_path(path)
+        self.register_buffer("times", time_grid(integration_steps, t_min, device=self.device), persistent=False)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            net_arch=self.net_arch,
+            features_extractor=self.features_extractor,
+            features_dim=self.features_dim,
+            activation_fn=self.activation_fn,
+            path=self.path,
+            sampler=self.sampler,
+            integration_steps=self.integration_steps,
+            t_min=self.t_min,
+        )
+        return data
 
     def features(self, obs: PyTorchObs) -> Tensor:
         """Features of observations, (B, F)."""
@@ -89,6 +137,44 @@ class FlowActor(BaseModel):
         embedding = embedding.expand(latents.shape[:-1] + embedding.shape[-1:])
         output = self.network.decode(encoded, th.cat([latents, embedding], dim=-1), reduced)
         return LATENT_BOUND * th.tanh(output / LATENT_BOUND)
+
+    def sample_latents(
+        self, features: Tensor, noise: Tensor, deterministic: bool = False, reduced: bool = False
+    ) -> Tensor:
+        """Carry noise to latents ``u_1`` along the flow.
+
+        :param features: Actor features, (B, F)
+        :param noise: Source samples, (B, P, D)
+        :param deterministic: Follow the ODE whatever the sampler; it has the same marginals and draws no noise
+        :param reduced: See :meth:`ConditionalMLP.decode`
+        :return: (B, P, D)
+        """
+        encoded = self.network.encode(features)
+        times: Tensor = self.times  # type: ignore[assignment]
+
+        def data_prediction(x: Tensor, t: Tensor) -> Tensor:
+            return self.predict_data(encoded, x, t, reduced)
+
+        x = self._path.sigma(times[0]) * noise
+        if self.sampler == "langevin" and not deterministic:
+            # At the last noise level before the data, where the path's density is nearly the target's own.
+            t = times[-2]
+            alpha, sigma = self._path.alpha(t), self._path.sigma(t)
+            x = langevin(
+                lambda u: (alpha * data_prediction(u, t) - u) / sigma**2, x, 0.5 * sigma**2, self.integration_steps
+            )
+            return data_prediction(x, t)
+        noise_scale = 1.0 if self.sampler == "sde" and not deterministic else 0.0
+        return denoise(data_prediction, x, times, self._path, noise_scale)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
+        return self._predict(obs, deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        features = self.features(observation)
+        shape = (len(features), 1, self.action_dim)
+        noise = (th.zeros if deterministic else th.randn)(shape, device=features.device)
+        return squash(self.sample_latents(features, noise, deterministic)[:, 0])
 
 
 class QCritic(BaseModel):
@@ -174,14 +260,12 @@ class QCritic(BaseModel):
 
         :param scale: New positive scale, a scalar
         """
-        ratio = self.scale / scale
-        for network in self.q_networks:
-            network.output_layer.weight.mul_(ratio)
-            network.output_layer.bias.mul_(ratio)
+        outputs = [p for network in self.q_networks for p in network.output_layer.parameters()]
+        th._foreach_mul_(outputs, self.scale / scale)
         self.scale.copy_(scale)
 
 
-class FlowPolicy(BasePolicy):
+class FlowPolicy(BoundedPolicy):
     """Policy of the flow actor-critics: a flow actor, a critic ensemble and its target.
 
     Acting draws ``n_particles`` latents from the flow and picks one with probability ∝ exp(min Q / temperature); the
@@ -210,6 +294,7 @@ class FlowPolicy(BasePolicy):
     critic: QCritic
     critic_target: QCritic
     temperature: Tensor
+    n_rewarded_batches: Tensor
     fixed_noise: Tensor
 
     def __init__(
@@ -247,18 +332,17 @@ class FlowPolicy(BasePolicy):
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor
         self.register_buffer("temperature", th.ones(()))
-        self.configure_sampling(path, sampler, integration_steps, n_particles, t_min)
+        self.register_buffer("n_rewarded_batches", th.zeros(()))
         self.run_act = self.act
         self._build(lr_schedule)
+        self.configure_sampling(path, sampler, integration_steps, n_particles, t_min)
 
     def configure_sampling(
         self, path: str | Path, sampler: str, integration_steps: int, n_particles: int, t_min: float
     ) -> None:
         """Choose how actions are drawn from the flow; see the class for the parameters."""
-        self.path, self.sampler, self.integration_steps = path, sampler, integration_steps
-        self.n_particles, self.t_min = n_particles, t_min
-        self._path = get_path(path)
-        self.register_buffer("times", time_grid(integration_steps, t_min, device=self.device), persistent=False)
+        self.actor.configure_sampling(path, sampler, integration_steps, t_min)
+        self.n_particles = n_particles
         # The deterministic policy is a function of observation and weights alone: its noise never changes.
         noise = th.randn(n_particles, get_action_dim(self.action_space), generator=th.Generator().manual_seed(0))
         noise[0] = 0.0
@@ -310,48 +394,21 @@ class FlowPolicy(BasePolicy):
             optimizer_kwargs=self.optimizer_kwargs,
             n_critics=self.n_critics,
             share_features_extractor=self.share_features_extractor,
-            path=self.path,
-            sampler=self.sampler,
-            integration_steps=self.integration_steps,
+            path=self.actor.path,
+            sampler=self.actor.sampler,
+            integration_steps=self.actor.integration_steps,
             n_particles=self.n_particles,
-            t_min=self.t_min,
+            t_min=self.actor.t_min,
         )
         return data
 
     def set_training_mode(self, mode: bool) -> None:
         """Put actor and critic in training or evaluation mode; the target critic stays in evaluation mode."""
+        if mode == self.training:
+            return  # called before every action and every update, and walking the modules is not free
         self.actor.set_training_mode(mode)
         self.critic.set_training_mode(mode)
         self.training = mode
-
-    def sample_latents(
-        self, features: Tensor, noise: Tensor, deterministic: bool = False, reduced: bool = False
-    ) -> Tensor:
-        """Carry noise to latents ``u_1`` along the flow.
-
-        :param features: Actor features, (B, F)
-        :param noise: Source samples, (B, P, D)
-        :param deterministic: Follow the ODE whatever the sampler; it has the same marginals and draws no noise
-        :param reduced: See :meth:`ConditionalMLP.decode`
-        :return: (B, P, D)
-        """
-        encoded = self.actor.network.encode(features)
-        times: Tensor = self.times  # type: ignore[assignment]
-
-        def data_prediction(x: Tensor, t: Tensor) -> Tensor:
-            return self.actor.predict_data(encoded, x, t, reduced)
-
-        x = self._path.sigma(times[0]) * noise
-        if self.sampler == "langevin" and not deterministic:
-            # At the last noise level before the data, where the path's density is nearly the target's own.
-            t = times[-2]
-            alpha, sigma = self._path.alpha(t), self._path.sigma(t)
-            x = langevin(
-                lambda u: (alpha * data_prediction(u, t) - u) / sigma**2, x, 0.5 * sigma**2, self.integration_steps
-            )
-            return data_prediction(x, t)
-        noise_scale = 1.0 if self.sampler == "sde" and not deterministic else 0.0
-        return denoise(data_prediction, x, times, self._path, noise_scale)
 
     def choose_index(self, q: Tensor, deterministic: bool = False) -> Tensor:
         """Choose one particle of each state.
@@ -367,7 +424,7 @@ class FlowPolicy(BasePolicy):
 
     def act(self, actor_features: Tensor, critic_features: Tensor, noise: Tensor, deterministic: bool) -> Tensor:
         """Actions in (-1, 1) for features, from given noise (B, P, D)."""
-        latents = self.sample_latents(actor_features, noise, deterministic)
+        latents = self.actor.sample_latents(actor_features, noise, deterministic)
         if noise.shape[1] == 1:
             return squash(latents[:, 0])
         q = self.critic.min_q(self.critic.encode(critic_features), squash(latents))
@@ -383,12 +440,6 @@ class FlowPolicy(BasePolicy):
         shape = (actor_features.shape[0], *self.fixed_noise.shape)
         noise = self.fixed_noise.expand(shape) if deterministic else th.randn(shape, device=self.device)
         return self.run_act(actor_features, critic_features, noise, deterministic)
-
-    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """Rescale actions from [-1, 1] to the action space; rounding never leaves its bounds."""
-        low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
-        actions = np.clip(super().unscale_action(scaled_action), low, high)
-        return actions.astype(self.action_space.dtype, copy=False)
 
 
 MlpPolicy = FlowPolicy
