@@ -13,7 +13,9 @@ eager generators in every mode, so that all modes see the same noise.
 """
 
 import contextlib
+import ctypes
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -73,6 +75,20 @@ def resolve_precision(precision: Precision, device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed blocks of megabytes for reuse, instead of giving them back to the system each time.
+
+    Candidate evaluation allocates and frees the same few megabytes in every update; without this, a third of its time goes
+    into page faults. Does nothing where the C library has no ``mallopt``.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, the largest value that glibc accepts
+        mallopt(-1, 256 * 2**20)  # M_TRIM_THRESHOLD
 
 
 class Executor:

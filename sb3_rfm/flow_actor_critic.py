@@ -28,7 +28,7 @@ from stable_baselines3.common.utils import get_parameters_by_name
 from torch import Tensor
 from torch.nn import functional as F
 
-from sb3_rfm.execution import ExecutionMode, Executor, Precision, check_execution, resolve_mode, resolve_precision
+from sb3_rfm.execution import ExecutionMode, Executor, Precision, check_execution, keep_freed_memory, resolve_mode, resolve_precision
 from sb3_rfm.paths import Path, get_path
 from sb3_rfm.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy, QCritic, squash, unsquash
 from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean
@@ -215,6 +215,8 @@ class FlowActorCritic(OffPolicyAlgorithm):
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
         mode = resolve_mode(self.execution, self.device, self._expected_updates(total_timesteps))
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if mode != self._executor.mode:
             self._prepare_functions(Executor(mode))
         return total_timesteps, callback
@@ -436,7 +438,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
         self.critic.rescale(new)
         self.critic_target.rescale(new)
 
-    def _action_spread(self, encoded_q: list[Tensor], n_states: int = 32, n_actions: int = 4) -> Tensor:
+    def _action_spread(self, encoded_q: list[Tensor], n_states: int = 32, n_actions: int = 2) -> Tensor:
         """Standard deviation of min Q between uniformly random actions at the same state, a scalar."""
         encoded = [e[:n_states] for e in encoded_q]
         actions = 2 * th.rand(n_states, n_actions, self.actor.action_dim, device=self.device) - 1

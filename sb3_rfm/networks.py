@@ -55,13 +55,17 @@ class ConditionalMLP(nn.Module):
         if x.dim() == 3:
             encoded = encoded.unsqueeze(1)
         h = encoded + F.linear(x, self.first.weight[:, self.context_dim :])
-        if reduced:
-            with torch.autocast(h.device.type, torch.bfloat16):
-                h = self.hidden(h)
-            h = h.float()
-        else:
-            h = self.hidden(h)
-        return self.last(h)
+        if not reduced:
+            return self.last(self.hidden(h))
+        with torch.autocast(h.device.type, torch.bfloat16):
+            h = self.hidden(h.bfloat16())
+        if isinstance(self.last, nn.Identity):
+            return h.float()
+        h, output = self.last[0](h).float(), self.output_layer
+        if output.out_features > 1:
+            return output(h)
+        # A sum of products fuses with what precedes it: the float32 copy of h is never stored.
+        return (h * output.weight).sum(-1, keepdim=True) + output.bias
 
     def forward(self, context: Tensor, x: Tensor) -> Tensor:
         """``decode(encode(context), x)``."""
