@@ -137,5 +137,5 @@ def _compiler_settings() -> contextlib.AbstractContextManager[Any]:
     import torch._dynamo  # loading the compiler takes seconds; only who compiles pays for it
 
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        return torch._dynamo.config.patch(trace_autograd_ops=True)  # type: ignore[no-any-return]
+        return torch._dynamo.config.patch(trace_autograd_ops=True)
     return contextlib.nullcontext()

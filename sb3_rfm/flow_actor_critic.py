@@ -28,9 +28,17 @@ from stable_baselines3.common.utils import get_parameters_by_name
 from torch import Tensor
 from torch.nn import functional as F
 
-from sb3_rfm.execution import ExecutionMode, Executor, Precision, check_execution, keep_freed_memory, resolve_mode, resolve_precision
+from sb3_rfm.execution import (
+    ExecutionMode,
+    Executor,
+    Precision,
+    check_execution,
+    keep_freed_memory,
+    resolve_mode,
+    resolve_precision,
+)
 from sb3_rfm.paths import Path, get_path
-from sb3_rfm.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy, QCritic, squash, unsquash
+from sb3_rfm.policies import CnnPolicy, FlowActor, FlowPolicy, MlpPolicy, MultiInputPolicy, QCritic, squash, unsquash
 from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean
 
 SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
@@ -98,6 +106,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: FlowPolicy
+    actor: FlowActor
     critic: QCritic
     critic_target: QCritic
     default_coefficient: ClassVar[Coefficient | None] = None
@@ -186,9 +195,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         self._check_arguments()
         super()._setup_model()
-        self.policy.configure_sampling(
-            self.path, self.sampler, self.integration_steps, self.n_particles, self.t_min
-        )
+        self.policy.configure_sampling(self.path, self.sampler, self.integration_steps, self.n_particles, self.t_min)
         if self.temperature != "auto":
             self.policy.temperature.fill_(float(self.temperature))
         self._path = get_path(self.path)
@@ -198,8 +205,8 @@ class FlowActorCritic(OffPolicyAlgorithm):
         self._reduced = resolve_precision(self.precision, self.device)
         self._prepare_functions(Executor())
         self._polyak_tensors = (
-            list(self.critic.parameters()),
-            list(self.critic_target.parameters()),
+            [p.data for p in self.critic.parameters()],
+            [p.data for p in self.critic_target.parameters()],
             get_parameters_by_name(self.critic, ["running_"]),
             get_parameters_by_name(self.critic_target, ["running_"]),
         )
@@ -416,7 +423,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
 
     def _step(self, optimizer: th.optim.Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if self.max_grad_norm is not None:
             for group in optimizer.param_groups:
                 th.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)

@@ -6,6 +6,7 @@ context's part is computed once per state.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class ConditionalMLP(nn.Module):
     ) -> None:
         super().__init__()
         widths = [context_dim + input_dim, *net_arch, output_dim]
-        layers = [nn.Linear(n_in, n_out) for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)]
+        layers = [nn.Linear(n_in, n_out) for n_in, n_out in pairwise(widths)]
         self.context_dim = context_dim
         self.first = layers[0]
         self.hidden = nn.Sequential(*(module for layer in layers[1:-1] for module in (activation_fn(), layer)))

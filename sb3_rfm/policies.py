@@ -69,6 +69,11 @@ class FlowActor(BoundedPolicy):
     :param t_min: Time at which sampling starts
     """
 
+    features_extractor: BaseFeaturesExtractor
+    optimizer: th.optim.Optimizer
+    network: ConditionalMLP
+    times: Tensor
+
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -138,9 +143,7 @@ class FlowActor(BoundedPolicy):
         output = self.network.decode(encoded, th.cat([latents, embedding], dim=-1), reduced)
         return LATENT_BOUND * th.tanh(output / LATENT_BOUND)
 
-    def sample_latents(
-        self, features: Tensor, noise: Tensor, deterministic: bool = False, reduced: bool = False
-    ) -> Tensor:
+    def sample_latents(self, features: Tensor, noise: Tensor, deterministic: bool = False, reduced: bool = False) -> Tensor:
         """Carry noise to latents ``u_1`` along the flow.
 
         :param features: Actor features, (B, F)
@@ -150,7 +153,7 @@ class FlowActor(BoundedPolicy):
         :return: (B, P, D)
         """
         encoded = self.network.encode(features)
-        times: Tensor = self.times  # type: ignore[assignment]
+        times = self.times
 
         def data_prediction(x: Tensor, t: Tensor) -> Tensor:
             return self.predict_data(encoded, x, t, reduced)
@@ -160,9 +163,7 @@ class FlowActor(BoundedPolicy):
             # At the last noise level before the data, where the path's density is nearly the target's own.
             t = times[-2]
             alpha, sigma = self._path.alpha(t), self._path.sigma(t)
-            x = langevin(
-                lambda u: (alpha * data_prediction(u, t) - u) / sigma**2, x, 0.5 * sigma**2, self.integration_steps
-            )
+            x = langevin(lambda u: (alpha * data_prediction(u, t) - u) / sigma**2, x, 0.5 * sigma**2, self.integration_steps)
             return data_prediction(x, t)
         noise_scale = 1.0 if self.sampler == "sde" and not deterministic else 0.0
         return denoise(data_prediction, x, times, self._path, noise_scale)
@@ -194,6 +195,8 @@ class QCritic(BaseModel):
     :param share_features_extractor: Whether the extractor belongs to the actor, and is not trained by the critic's loss
     """
 
+    features_extractor: BaseFeaturesExtractor
+    optimizer: th.optim.Optimizer
     scale: Tensor
 
     def __init__(
@@ -214,10 +217,13 @@ class QCritic(BaseModel):
         action_dim = get_action_dim(action_space)
         self.share_features_extractor = share_features_extractor
         self.n_critics = n_critics
-        self.q_networks = nn.ModuleList(
-            ConditionalMLP(features_dim, action_dim, 1, net_arch, activation_fn) for _ in range(n_critics)
-        )
+        networks = [ConditionalMLP(features_dim, action_dim, 1, net_arch, activation_fn) for _ in range(n_critics)]
+        self.q_networks = nn.ModuleList(networks)
         self.register_buffer("scale", th.ones(()))
+
+    @property
+    def _networks(self) -> list[ConditionalMLP]:
+        return list(self.q_networks)  # type: ignore[arg-type]
 
     def features(self, obs: PyTorchObs) -> Tensor:
         """Features of observations, (B, F)."""
@@ -226,7 +232,7 @@ class QCritic(BaseModel):
 
     def encode(self, features: Tensor) -> list[Tensor]:
         """What each Q-function needs of the features, one (B, H) each."""
-        return [network.encode(features) for network in self.q_networks]
+        return [network.encode(features) for network in self._networks]
 
     def q_values(self, encoded: list[Tensor], actions: Tensor, reduced: bool = False) -> Tensor:
         """Q-values in units of the reward.
@@ -236,9 +242,7 @@ class QCritic(BaseModel):
         :param reduced: See :meth:`ConditionalMLP.decode`
         :return: (n_critics, B) or (n_critics, B, K)
         """
-        values = [
-            network.decode(e, actions, reduced).squeeze(-1) for network, e in zip(self.q_networks, encoded, strict=True)
-        ]
+        values = [network.decode(e, actions, reduced).squeeze(-1) for network, e in zip(self._networks, encoded, strict=True)]
         return self.scale * th.stack(values)
 
     def min_q(self, encoded: list[Tensor], actions: Tensor, reduced: bool = False) -> Tensor:
@@ -260,7 +264,7 @@ class QCritic(BaseModel):
 
         :param scale: New positive scale, a scalar
         """
-        outputs = [p for network in self.q_networks for p in network.output_layer.parameters()]
+        outputs = [p.data for network in self._networks for p in network.output_layer.parameters()]
         th._foreach_mul_(outputs, self.scale / scale)
         self.scale.copy_(scale)
 
@@ -450,11 +454,16 @@ class CnnPolicy(FlowPolicy):
 
     def __init__(
         self,
-        *args: Any,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        *,
         features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+        super().__init__(
+            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+        )
 
 
 class MultiInputPolicy(FlowPolicy):
@@ -462,8 +471,13 @@ class MultiInputPolicy(FlowPolicy):
 
     def __init__(
         self,
-        *args: Any,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        *,
         features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+        super().__init__(
+            observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
+        )

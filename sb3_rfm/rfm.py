@@ -20,13 +20,12 @@ class RFM(FlowActorCritic):
 
     default_coefficient: ClassVar[Coefficient] = "optimal"
     coefficient_is_fixed: ClassVar[bool] = False
+    coefficient: Coefficient
     estimator: PosteriorMeanEstimator
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.estimator = PosteriorMeanEstimator(
-            self.path, self.n_candidates, self.coefficient, data_scale=LATENT_SCALE
-        )
+        self.estimator = PosteriorMeanEstimator(self.path, self.n_candidates, self.coefficient, data_scale=LATENT_SCALE)
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
