@@ -10,15 +10,13 @@ constant test function). Hence, for every diagonal ``Lambda``,
     E[x_0 | x_t] = E_q[x_0 + Lambda s_0].
 
 ``Lambda = 0`` is the noise-expectation family (QNE, MaxEntDP), ``Lambda = 1`` the gradient-expectation family (DQS, iDEM),
-and the ``Lambda`` of least variance is reverse flow matching. The expectation is taken by self-normalised importance
-sampling over ``K`` candidates. The data mean, the marginal velocity and the score follow from the noise mean.
+and the ``Lambda`` of least variance is reverse flow matching. The data mean, the marginal velocity and the score follow from
+the noise mean. Where the parts are: candidates and their densities in :mod:`sb3_rfm.candidates`, averages over them in
+:mod:`sb3_rfm.monte_carlo`, the choice of ``Lambda`` in :mod:`sb3_rfm.control_variates`.
 
-Sources: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), sections 3 and 4; Oates, Girolami & Chopin, Control
-functionals (arXiv 1410.2392); Owen, Monte Carlo theory, methods and examples, chapter 9, for the variance of
-self-normalised estimates.
+Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), sections 3 and 4.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from sb3_rfm.candidates import Candidates, PointSet, draw_candidates
+from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, variance_of_mean, weighted_mean
+from sb3_rfm.monte_carlo import MCMC, SMC, Method, effective_sample_size, get_method, importance_weights, run_chains, run_smc
 from sb3_rfm.paths import Parametrisation, Path, get_path
 from sb3_rfm.sources import GaussianSource, Source, get_source
 
@@ -47,71 +48,11 @@ class PosteriorMean(NamedTuple):
     score: Tensor
     """Score of the path at ``x_t``, (B, D)"""
     ess: Tensor
-    """Effective sample size ``1 / sum_k W_k^2`` of the candidates, between 1 and K, (B,)"""
+    """Effective sample size, (B,): ``1 / sum_k W_k^2``, between 1 and K, for importance sampling"""
     coefficient: Tensor
     """``Lambda`` in noise coordinates, (B, D): 0 is a plain posterior mean, 1 a pure gradient estimate"""
     variance_ratio: Tensor
-    """Estimated variance of the estimate over that of plain importance sampling, (B,); Owen, eq. 9.10"""
-
-
-class Candidates(NamedTuple):
-    """Draws of the hidden noise."""
-
-    x_0: Tensor
-    """(B, K, D)"""
-    log_ratio: Tensor | None
-    """``log p0 - log r`` for the density ``r`` they were drawn from, (B, K); None where r = p0"""
-
-
-def stein_score(path: Path, source: Source, x_0: Tensor, score_1: Tensor, t: Tensor) -> Tensor:
-    """Score of the noise posterior, ``grad log p0(x_0) - (sigma / alpha) grad log p1(x_1)``.
-
-    :param x_0: Candidates, (B, K, D)
-    :param score_1: ``grad log p1`` at the matching data, (B, K, D)
-    :param t: (B,)
-    :return: (B, K, D)
-    """
-    t = t[:, None, None]
-    return source.score(x_0) - path.sigma(t) / path.alpha(t) * score_1
-
-
-def minimum_variance_scalar(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
-    """Plug-in of the scalar that minimises the asymptotic variance of ``sum_k W_k (f_k + c s_k)``, kept within [0, 1].
-
-    The weights enter squared: this is the delta-method variance of a self-normalised estimate.
-
-    :param weights: Normalised importance weights, (B, K)
-    :param values: ``f``, (B, K, D)
-    :param stein: ``s``, (B, K, D), with mean zero under the posterior
-    :return: ``c``, (B,); 0 where the candidates carry no information about it
-    """
-    mean = (weights.unsqueeze(-1) * values).sum(1, keepdim=True)
-    squared = weights.square().unsqueeze(-1)
-    # Centring s makes the fit exact, whatever the candidates, where f + c s is constant (Gaussian targets).
-    stein = stein - (weights.unsqueeze(-1) * stein).sum(1, keepdim=True)
-    numerator = (squared * (mean - values) * stein).sum((1, 2))
-    denominator = (squared * stein.square()).sum((1, 2))
-    tiny = torch.finfo(denominator.dtype).tiny
-    return (numerator / denominator.clamp(min=tiny)).clamp(0.0, 1.0)
-
-
-def optimal_coefficient(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
-    """The default rule: the smaller of two bounded scalars, each fitted on one half of the candidates.
-
-    A coefficient fitted on few effective samples is unreliable, and too large a one costs far more than too small a one.
-    Where the halves disagree, the smaller is the safe choice; where they agree, nothing is lost.
-
-    :param weights: Normalised importance weights, (B, K)
-    :param values: (B, K, D)
-    :param stein: (B, K, D)
-    :return: (B,)
-    """
-    halves = []
-    for half in (slice(0, None, 2), slice(1, None, 2)):
-        w = weights[:, half]
-        w = w / w.sum(1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
-        halves.append(minimum_variance_scalar(w, values[:, half], stein[:, half]))
-    return torch.minimum(halves[0], halves[1])
+    """Estimated variance of the estimate over that without control variate, (B,)"""
 
 
 class PosteriorMeanEstimator:
@@ -124,12 +65,19 @@ class PosteriorMeanEstimator:
 
     :param path: ``"cond_ot"``, ``"cosine"``, ``"linear_vp"``, ``"ve"`` or a :class:`~sb3_rfm.paths.Path`
     :param n_candidates: Number K of candidates drawn for each ``x_t``
-    :param coefficient: The control variate's ``Lambda`` in noise coordinates: ``"optimal"`` → RFM, 0 → QNE, 1 → DQS,
-        any other number, or one number for each dimension
+    :param coefficient: The control variate's ``Lambda`` in noise coordinates: ``"optimal"`` → RFM (see
+        :func:`~sb3_rfm.control_variates.fit_robust`), 0 → QNE, 1 → DQS, any other number, or one number for each
+        dimension; ``"scalar"`` and ``"diagonal"`` → the textbook fits of least asymptotic variance, without the guards that
+        keep ``"optimal"`` from being worse than 0 when few candidates count
     :param source: ``"gaussian"``, a ``torch.distributions`` distribution or a :class:`~sb3_rfm.sources.Source`
     :param data_scale: A standard deviation of p1, where known. Candidates then come from the posterior that a Gaussian p1
         of that scale would have, instead of the source; that is what keeps them useful at small t. The weights
         account for it exactly.
+    :param guess_spread: Spread of the candidates around a guess (see :meth:`__call__`), relative to the others
+    :param points: ``"independent"``, ``"antithetic"`` or ``"sobol"`` candidates
+    :param method: ``"snis"`` → self-normalised importance sampling, ``"mcmc"`` → one Markov chain from each candidate,
+        ``"smc"`` → tempered sequential Monte Carlo from the source; or :class:`~sb3_rfm.monte_carlo.MCMC` or
+        :class:`~sb3_rfm.monte_carlo.SMC` for other than their defaults
     :raises ValueError: for arguments out of range
     """
 
@@ -140,21 +88,33 @@ class PosteriorMeanEstimator:
         coefficient: Coefficient = "optimal",
         source: str | Source | Distribution = "gaussian",
         data_scale: float | None = None,
+        guess_spread: float = 0.75,
+        points: PointSet = "independent",
+        method: str | Method = "snis",
     ) -> None:
         if isinstance(n_candidates, bool) or not isinstance(n_candidates, int) or n_candidates < 1:
             raise ValueError(f"n_candidates must be an integer >= 1, got {n_candidates!r}.")
         if data_scale is not None and not data_scale > 0:
             raise ValueError(f"data_scale must be positive or None, got {data_scale!r}.")
+        if not guess_spread > 0:
+            raise ValueError(f"guess_spread must be positive, got {guess_spread!r}.")
+        if points not in ("independent", "antithetic", "sobol"):
+            raise ValueError(f"Unknown points {points!r}: expected 'independent', 'antithetic' or 'sobol'.")
         self.path = get_path(path)
         self.n_candidates = n_candidates
         self.coefficient = check_coefficient(coefficient)
         self.source = get_source(source)
         self.data_scale = data_scale
+        self.guess_spread = guess_spread
+        self.points: PointSet = points
+        self.method = get_method(method)
+        if isinstance(self.method, SMC) and data_scale is not None:
+            raise ValueError("Sequential Monte Carlo starts from the source: data_scale must be None with method='smc'.")
 
     @property
     def needs_gradient(self) -> bool:
         """Whether the estimate uses ``grad log p1`` at all."""
-        return self.coefficient != 0.0
+        return self.coefficient != 0.0 or self.method is not None
 
     def __call__(
         self,
@@ -166,16 +126,16 @@ class PosteriorMeanEstimator:
     ) -> PosteriorMean:
         """Estimate at ``x_t``.
 
-        :param log_prob: Unnormalised log p1, (B, K, D) → (B, K); differentiable unless the coefficient is 0
+        :param log_prob: Unnormalised log p1, (B, K, D) → (B, K), each candidate's value depending on that candidate alone;
+            differentiable unless the coefficient is 0
         :param x_t: (B, D)
         :param t: (B,), strictly between 0 and 1
         :param generator: Source of the candidates' randomness
         :param guess: A guess of the data mean, (B, D), around which half of the candidates are drawn
         :return: :class:`PosteriorMean`
-        :raises ValueError: for wrong shapes, or when no candidate of some row has a finite log-density
+        :raises ValueError: for wrong shapes, or where no candidate of some row has a finite log-density and gradient
         """
         self._check_inputs(x_t, t, guess)
-        candidates = self.draw(x_t, t, generator, guess)
 
         def checked_log_prob(x_1: Tensor) -> Tensor:
             log_p = log_prob(x_1)
@@ -183,13 +143,16 @@ class PosteriorMeanEstimator:
                 raise ValueError(
                     f"log_prob must map (B, K, D) to (B, K): given {tuple(x_1.shape)} it returned {tuple(log_p.shape)}."
                 )
-            hopeless = ~torch.isfinite(log_p).any(dim=1)
-            if hopeless.any():
-                rows = hopeless.nonzero().flatten().tolist()
-                raise ValueError(f"log_prob is not finite at any of the {x_1.shape[1]} candidates of rows {rows[:8]}.")
             return log_p
 
-        return self.estimate(checked_log_prob, x_t, t, candidates)
+        candidates = self.draw(x_t, t, generator, guess)
+        result = self.estimate(checked_log_prob, x_t, t, candidates, generator)
+        hopeless = torch.isnan(result.ess)
+        if hopeless.any():
+            rows = hopeless.nonzero().flatten().tolist()
+            what = "log_prob or its gradient" if self.needs_gradient else "log_prob"
+            raise ValueError(f"{what} is not finite at any of the {self.n_candidates} candidates of rows {rows[:8]}.")
+        return result
 
     def draw(
         self, x_t: Tensor, t: Tensor, generator: torch.Generator | None = None, guess: Tensor | None = None
@@ -201,81 +164,118 @@ class PosteriorMeanEstimator:
         :param generator: Source of randomness
         :param guess: (B, D), see :meth:`__call__`
         """
-        noise = self.source.sample((x_t.shape[0], self.n_candidates, x_t.shape[1]), x_t, generator)
-        if self.data_scale is None and guess is None:
-            return Candidates(noise, None)
-        alpha, sigma = self.path.alpha(t)[:, None, None], self.path.sigma(t)[:, None, None]
-        x_t = x_t[:, None]
-        # In data coordinates the posterior under a Gaussian p1 has precision 1/scale^2 + (alpha/sigma)^2.
-        prior_precision = 0.0 if self.data_scale is None else self.data_scale**-2
-        precision = prior_precision + (alpha / sigma).square()
-        spread = precision.rsqrt()
-        centre = alpha * x_t / sigma.square() / precision
-        if guess is not None:
-            half = self.n_candidates // 2
-            near = torch.arange(self.n_candidates, device=x_t.device)[None, :, None] < half
-            x_1 = torch.where(near, guess[:, None], centre) + spread * noise
-            distance = torch.stack([(x_1 - c) / spread for c in (guess[:, None], centre)])
-            log_near, log_broad = self.source.log_prob(distance)
-            share = half / self.n_candidates
-            log_r = torch.logaddexp(log_near + _log(share), log_broad + _log(1 - share))
-        else:
-            x_1 = centre + spread * noise
-            log_r = self.source.log_prob(noise)
-        x_0 = (x_t - alpha * x_1) / sigma
-        return Candidates(x_0, self.source.log_prob(x_0) - log_r)
+        return draw_candidates(
+            self.path,
+            self.source,
+            self.n_candidates,
+            x_t,
+            t,
+            data_scale=self.data_scale,
+            guess=guess,
+            guess_spread=self.guess_spread,
+            points=self.points,
+            generator=generator,
+        )
 
-    def estimate(self, log_prob: LogProb, x_t: Tensor, t: Tensor, candidates: Candidates) -> PosteriorMean:
-        """The estimate from given candidates: the pure, unchecked function behind :meth:`__call__`.
+    def estimate(
+        self,
+        log_prob: LogProb,
+        x_t: Tensor,
+        t: Tensor,
+        candidates: Candidates,
+        generator: torch.Generator | None = None,
+    ) -> PosteriorMean:
+        """The estimate from given candidates: the unchecked function behind :meth:`__call__`.
+
+        With ``method="snis"`` it is a pure function that ``torch.compile(fullgraph=True)`` accepts; rows without a valid
+        candidate come out as not-a-number.
 
         :param log_prob: (B, K, D) → (B, K)
         :param x_t: (B, D)
         :param t: (B,)
         :param candidates: Draws of the noise, with their density ratio
+        :param generator: Source of the moves' randomness (MCMC and SMC)
         """
-        x_0 = candidates.x_0
-        x_1 = self.path.data_from_noise(x_0, x_t[:, None], t)
-        if self.needs_gradient:
-            log_p, score_1 = value_and_gradient(log_prob, x_1)
-        else:
-            with torch.no_grad():
-                log_p, score_1 = log_prob(x_1), torch.zeros_like(x_1)
-        log_weights = log_p if candidates.log_ratio is None else log_p + candidates.log_ratio
-        valid = torch.isfinite(log_weights) & torch.isfinite(score_1).all(-1)
-        weights = torch.softmax(log_weights.masked_fill(~valid, -torch.inf), dim=1)
-        stein = stein_score(self.path, self.source, x_0, score_1, t).masked_fill(~valid.unsqueeze(-1), 0.0)
-
-        coefficient = self._coefficient(weights, x_0, stein)
-        corrected = x_0 + coefficient[:, None] * stein
-        mean_0 = (weights.unsqueeze(-1) * corrected).sum(1)
+        average = self._average(log_prob, x_t, t, candidates, generator)
+        coefficient = self._coefficient(average, average.x_0, self.source.variance)
+        corrected = average.x_0 + coefficient[:, None] * average.stein
+        mean_0 = weighted_mean(average.weights, corrected)
         mean_1 = self.path.data_from_noise(mean_0, x_t, t)
+        plain_variance = variance_of_mean(average.weights, average.x_0)
         return PosteriorMean(
             x0=mean_0,
             x1=mean_1,
             velocity=self.path.velocity(mean_0, mean_1, t),
-            score=self._score(weights, x_0, stein, mean_0, t),
-            ess=1 / weights.square().sum(1),
+            score=self._score(average, mean_0, t),
+            ess=average.ess,
             coefficient=coefficient,
-            variance_ratio=_variance(weights, corrected) / _variance(weights, x_0).clamp(min=1e-30),
+            variance_ratio=variance_of_mean(average.weights, corrected) / plain_variance.clamp(min=1e-30),
         )
 
-    def _coefficient(self, weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
-        """``Lambda`` for the test function ``values``, (B, D)."""
+    def _average(
+        self, log_prob: LogProb, x_t: Tensor, t: Tensor, candidates: Candidates, generator: torch.Generator | None
+    ) -> "_Average":
+        """What is averaged, by the method of choice."""
+
+        def likelihood(x_0: Tensor) -> tuple[Tensor, Tensor]:
+            x_1 = self.path.data_from_noise(x_0, x_t[:, None], t)
+            if not self.needs_gradient:
+                with torch.no_grad():
+                    return log_prob(x_1), torch.zeros_like(x_1)
+            log_p1, score_1 = value_and_gradient(log_prob, x_1)
+            return log_p1, -(self.path.sigma(t) / self.path.alpha(t))[:, None, None] * score_1
+
+        def prior(x_0: Tensor) -> tuple[Tensor, Tensor]:
+            return self.source.log_prob(x_0), self.source.score(x_0)
+
+        def posterior(x_0: Tensor) -> tuple[Tensor, Tensor]:
+            (log_p0, score_0), (log_p1, score_1) = prior(x_0), likelihood(x_0)
+            return log_p0 + log_p1, score_0 + score_1
+
+        x_0 = candidates.x_0
+        log_ratio = torch.zeros_like(x_0[..., 0]) if candidates.log_ratio is None else candidates.log_ratio
+        if isinstance(self.method, MCMC):
+            log_r = self.source.log_prob(x_0) - log_ratio
+            states, scores, ess = run_chains(self.method, posterior, x_0, log_r, generator)
+            source_score = self.source.score(states).mean(0)
+            weights = torch.full_like(log_ratio, 1 / log_ratio.shape[1])
+            valid = torch.ones_like(weights, dtype=torch.bool)
+            return _Average(weights, states.mean(0), source_score, scores.mean(0), valid, ess)
+        if isinstance(self.method, SMC):
+            x_0, weights = run_smc(self.method, prior, likelihood, x_0, generator)
+            source_score, (_, score) = self.source.score(x_0), likelihood(x_0)
+            valid = torch.ones_like(weights, dtype=torch.bool)
+            return _Average(weights, x_0, source_score, source_score + score, valid, effective_sample_size(weights))
+        log_p1, score = likelihood(x_0)
+        weights, valid = importance_weights(log_p1 + log_ratio, score)
+        source_score = self.source.score(x_0)
+        stein = (source_score + score).masked_fill(~valid.unsqueeze(-1), 0.0)
+        return _Average(weights, x_0, source_score, stein, valid, effective_sample_size(weights))
+
+    def _coefficient(self, average: "_Average", values: Tensor, upper: float) -> Tensor:
+        """Coefficient for the values ``f``, (B, K, D) → (B, D)."""
         n_batch, _, dim = values.shape
+        weights, stein = average.weights, average.stein
         if self.coefficient == "optimal":
-            return optimal_coefficient(weights, values, stein).unsqueeze(1).expand(n_batch, dim)
+            return fit_robust(weights, values, stein, average.valid, upper).unsqueeze(1).expand(n_batch, dim)
+        if self.coefficient == "scalar":
+            return fit_scalar(weights, values, stein).unsqueeze(1).expand(n_batch, dim)
+        if self.coefficient == "diagonal":
+            return fit_diagonal(weights, values, stein)
         fixed = torch.as_tensor(self.coefficient, dtype=values.dtype, device=values.device)
         return fixed.expand(n_batch, dim)
 
-    def _score(self, weights: Tensor, x_0: Tensor, stein: Tensor, mean_0: Tensor, t: Tensor) -> Tensor:
-        """``grad log p_t = E[grad log p0(x_0) | x_t] / sigma``, with its own control variate (reverse score matching)."""
+    def _score(self, average: "_Average", mean_0: Tensor, t: Tensor) -> Tensor:
+        """``grad log p_t = E[grad log p0(x_0) | x_t] / sigma``, with its own control variate (reverse score matching).
+
+        ``grad log p0 - c s_0`` runs from ``grad log p0`` (c = 0) to ``(sigma / alpha) grad log p1`` (c = 1).
+        """
         sigma = self.path.sigma(t)[:, None]
         if isinstance(self.source, GaussianSource):
             return -mean_0 / sigma
-        # grad log p0 - c s_0 runs from grad log p0 (c = 0) to (sigma / alpha) grad log p1 (c = 1).
-        values = -self.source.score(x_0)
-        coefficient = self._coefficient(weights, values, stein)
-        return -(weights.unsqueeze(-1) * (values + coefficient[:, None] * stein)).sum(1) / sigma
+        values = -average.source_score
+        coefficient = self._coefficient(average, values, 1.0)
+        return -weighted_mean(average.weights, values + coefficient[:, None] * average.stein) / sigma
 
     def _check_inputs(self, x_t: Tensor, t: Tensor, guess: Tensor | None) -> None:
         if x_t.dim() != 2:
@@ -291,6 +291,25 @@ class PosteriorMeanEstimator:
                 f"coefficient has {len(self.coefficient)} entries, but x_t has dimension {x_t.shape[1]}; "
                 "give one number, or one for each dimension."
             )
+        if guess is not None and isinstance(self.method, SMC):
+            raise ValueError("Sequential Monte Carlo starts from the source: guess must be None with method='smc'.")
+
+
+class _Average(NamedTuple):
+    """What is averaged: one value for each candidate, chain or particle."""
+
+    weights: Tensor
+    """Normalised, (B, K)"""
+    x_0: Tensor
+    """Noise, (B, K, D)"""
+    source_score: Tensor
+    """``grad log p0``, (B, K, D)"""
+    stein: Tensor
+    """Score of the noise posterior, whose mean is zero, (B, K, D)"""
+    valid: Tensor
+    """Whether density and score were finite, (B, K)"""
+    ess: Tensor
+    """Effective sample size, (B,)"""
 
 
 class ReverseFlowMatchingLoss(nn.Module):
@@ -322,6 +341,7 @@ class ReverseFlowMatchingLoss(nn.Module):
         x_t: Tensor,
         t: Tensor,
         generator: torch.Generator | None = None,
+        guess: Tensor | None = None,
     ) -> tuple[Tensor, PosteriorMean]:
         """The loss at ``x_t``.
 
@@ -330,9 +350,10 @@ class ReverseFlowMatchingLoss(nn.Module):
         :param x_t: (B, D)
         :param t: (B,)
         :param generator: Source of the candidates' randomness
+        :param guess: A guess of the data mean, (B, D), see :meth:`PosteriorMeanEstimator.__call__`
         :return: Scalar loss (mean over the batch of the squared error), and the estimate with its diagnostics
         """
-        result = self.estimator(log_prob, x_t, t, generator)
+        result = self.estimator(log_prob, x_t, t, generator, guess)
         target = getattr(result, self.field)
         return (model(x_t, t) - target.detach()).square().sum(-1).mean(), result
 
@@ -353,26 +374,20 @@ def value_and_gradient(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
 def check_coefficient(coefficient: Coefficient) -> str | float | tuple[float, ...]:
     """Normalise and validate a control-variate coefficient.
 
-    :raises ValueError: unless it is ``"optimal"``, a finite number or a sequence of finite numbers
+    :raises ValueError: unless it is ``"optimal"``, ``"scalar"``, ``"diagonal"``, a finite number or a sequence of such
     """
     if isinstance(coefficient, str):
-        if coefficient != "optimal":
-            raise ValueError(f"Unknown coefficient {coefficient!r}: expected 'optimal', a number or one number per dimension.")
+        if coefficient not in ("optimal", "scalar", "diagonal"):
+            raise ValueError(
+                f"Unknown coefficient {coefficient!r}: expected 'optimal', 'scalar', 'diagonal', a number or a sequence."
+            )
         return coefficient
     try:
         numbers = torch.as_tensor(coefficient, dtype=torch.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"coefficient must be 'optimal', a number or one number per dimension, got {coefficient!r}.") from error
+        raise ValueError(
+            f"coefficient must be 'optimal', a number or one number per dimension, got {coefficient!r}."
+        ) from error
     if numbers.dim() > 1 or numbers.numel() == 0 or not bool(torch.isfinite(numbers).all()):
         raise ValueError(f"coefficient must be 'optimal', a finite number or one per dimension, got {coefficient!r}.")
     return float(numbers) if numbers.dim() == 0 else tuple(numbers.tolist())
-
-
-def _variance(weights: Tensor, values: Tensor) -> Tensor:
-    """Delta-method variance of a self-normalised mean, summed over dimensions: (B, K), (B, K, D) → (B,)."""
-    mean = (weights.unsqueeze(-1) * values).sum(1, keepdim=True)
-    return (weights.square().unsqueeze(-1) * (values - mean).square()).sum((1, 2))
-
-
-def _log(share: float) -> float:
-    return math.log(share) if share > 0 else -math.inf

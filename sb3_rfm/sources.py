@@ -1,7 +1,10 @@
 """Source distributions p0: where a flow starts.
 
-A source needs samples, a log-density and a score on R^D. The standard Gaussian has closed forms for the score of the
-path; every other source is a ``torch.distributions`` distribution.
+A source needs samples, a log-density ``log p0`` and a score ``grad log p0`` on all of R^D; the posterior of the noise, its
+candidates, weights and Stein score follow from these. The standard Gaussian is the default and has closed forms; every
+other source is a ``torch.distributions`` distribution (Laplace, Student-t, mixtures, correlated Gaussians, ...).
+
+Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), section 3, which asks nothing more of p0.
 """
 
 import math
@@ -14,6 +17,9 @@ from torch.distributions import Distribution
 
 class Source(ABC):
     """A distribution on R^D, D taken from the tensors it is used with."""
+
+    variance: float = 1.0
+    """Variance of one dimension (their mean); ``x_0 + variance * score`` has no noise left where p0 is Gaussian"""
 
     @abstractmethod
     def sample(self, shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -33,6 +39,16 @@ class Source(ABC):
     def score(self, x: Tensor) -> Tensor:
         """Gradient of the log-density, (..., D) → (..., D)."""
 
+    def opposite(self, x: Tensor) -> Tensor:
+        """The point at the opposite quantile ``1 - F(x)`` of every dimension, for antithetic draws; (..., D) → (..., D)."""
+        raise ValueError(
+            f"Antithetic candidates need quantiles in each dimension, which {type(self).__name__} does not define."
+        )
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        """The quantile function of every dimension, for quasi-Monte-Carlo draws; (..., D) in (0, 1) → (..., D)."""
+        raise ValueError(f"Sobol candidates need quantiles in each dimension, which {type(self).__name__} does not define.")
+
 
 class GaussianSource(Source):
     """The standard Gaussian."""
@@ -45,6 +61,12 @@ class GaussianSource(Source):
 
     def score(self, x: Tensor) -> Tensor:
         return -x
+
+    def opposite(self, x: Tensor) -> Tensor:
+        return -x
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        return torch.special.ndtri(u)
 
 
 class DistributionSource(Source):
@@ -60,6 +82,12 @@ class DistributionSource(Source):
         if len(shape) > 1:
             raise ValueError(f"A source has scalar or (D,) samples, got a distribution with samples of shape {tuple(shape)}.")
         self.distribution = distribution
+        try:
+            variance = float(distribution.variance.mean())
+        except NotImplementedError:
+            variance = math.nan
+        if math.isfinite(variance):  # heavy tails may have none; the bound it sets is no more than a guard
+            self.variance = variance
 
     def sample(self, shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         own = self.distribution.batch_shape + self.distribution.event_shape
@@ -82,6 +110,26 @@ class DistributionSource(Source):
             x = x.detach().requires_grad_(True)
             (score,) = torch.autograd.grad(self.log_prob(x).sum(), x)
         return score
+
+    def opposite(self, x: Tensor) -> Tensor:
+        self._check_quantiles("Antithetic")
+        return self.distribution.icdf(1 - self.distribution.cdf(x))
+
+    def from_uniform(self, u: Tensor) -> Tensor:
+        self._check_quantiles("Sobol")
+        return self.distribution.icdf(u)
+
+    def _check_quantiles(self, points: str) -> None:
+        distribution = self.distribution
+        try:
+            if distribution.event_shape:
+                raise NotImplementedError  # a joint distribution has no quantile function
+            distribution.icdf(distribution.cdf(torch.zeros(distribution.batch_shape)))
+        except NotImplementedError:
+            raise ValueError(
+                f"{points} candidates need the quantile function of independent dimensions (cdf and icdf), which "
+                f"{type(distribution).__name__} does not define; use points='independent'."
+            ) from None
 
 
 def get_source(source: str | Source | Distribution) -> Source:

@@ -1,0 +1,104 @@
+"""Stein control variates: averages of zero mean that cancel the error of a weighted average.
+
+Let candidates ``k`` carry normalised weights ``W_k``, values ``f_k`` and a *Stein score* ``s_k`` whose mean under the target
+is known to be zero (Stein's identity with a constant test function). Then, for every coefficient ``c``,
+
+    sum_k W_k f_k + c * sum_k W_k s_k
+
+estimates the same expectation. This module chooses ``c``: by least asymptotic variance, which is
+
+    c = - sum_k W_k^2 (f_k - m) . (s_k - g) / sum_k W_k^2 |s_k - g|^2,      m = sum W f,  g = sum W s,
+
+and by the rule behind ``coefficient="optimal"``, which keeps to it only as far as the candidates support it.
+
+Sources: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), section 4; Oates, Girolami & Chopin, Control functionals
+(arXiv 1410.2392); Owen, Monte Carlo theory, methods and examples, chapter 9 (variance of self-normalised averages); Efron &
+Stein, The jackknife estimate of variance (1981).
+"""
+
+import torch
+from torch import Tensor
+
+
+def weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
+    """``sum_k W_k f_k``: (B, K), (B, K, D) → (B, D)."""
+    return (weights.unsqueeze(-1) * values).sum(1)
+
+
+def variance_of_mean(weights: Tensor, values: Tensor) -> Tensor:
+    """Delta-method variance of a self-normalised mean, summed over dimensions: (B, K), (B, K, D) → (B,); Owen, eq. 9.10."""
+    deviation = values - weighted_mean(weights, values).unsqueeze(1)
+    return (weights.square() * deviation.square().sum(-1)).sum(1)
+
+
+def fit_scalar(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
+    """The scalar of least asymptotic variance.
+
+    The weights enter squared: this is the variance of a self-normalised average. ``s`` is centred although its mean is known,
+    which makes the fit exact, whatever the candidates, where ``f + c s`` is constant (isotropic Gaussian targets).
+
+    :param weights: Normalised weights, (B, K)
+    :param values: ``f``, (B, K, D)
+    :param stein: ``s``, (B, K, D), with mean zero under the target
+    :return: ``c``, (B,); 0 where the candidates carry no information about it
+    """
+    covariance, variance = _second_moments(weights, values, stein)
+    return _ratio(-covariance.sum(-1), variance.sum(-1))
+
+
+def fit_diagonal(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
+    """The coefficient of least asymptotic variance in each dimension; shapes as in :func:`fit_scalar`.
+
+    :return: ``c``, (B, D)
+    """
+    covariance, variance = _second_moments(weights, values, stein)
+    return _ratio(-covariance, variance)
+
+
+def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, upper: float = 1.0) -> Tensor:
+    """The scalar behind ``coefficient="optimal"``: the smallest of three that each err in another way.
+
+    1. The fit with the candidates' weights: right where many candidates count, and noise where one or two do.
+    2. The fit with equal weights, an ordinary regression of ``f`` on ``s`` over all candidates. It is small where the target
+       is far from Gaussian on the scale on which the candidates lie, and there (1) extrapolates from too few of them.
+    3. A bound on the correction's length: the root of the candidates' weighted variance plus the jackknife variance of their
+       mean, which is how far from the mean a further draw would be expected. It holds where (1) and (2) agree by
+       accident because all candidates lie on one side of the target.
+
+    All three allow the exact coefficient where the target is an isotropic Gaussian, for which one candidate knows as much
+    as all (3 up to the chance that the mean is off by more than that length). The result is within [0, ``upper``] and does not
+    depend on the candidates' order.
+
+    :param weights: Normalised weights, (B, K)
+    :param values: ``f``, (B, K, D)
+    :param stein: ``s``, (B, K, D), with mean zero under the target
+    :param valid: Candidates with finite density and score, (B, K)
+    :param upper: The coefficient that leaves nothing but gradients; 1 in noise coordinates with a standard Gaussian source
+    :return: ``c``, (B,)
+    """
+    equal = valid / valid.sum(1, keepdim=True).clamp(min=1)
+    fitted = torch.minimum(fit_scalar(weights, values, stein), fit_scalar(equal, values, stein)).clamp(0.0, upper)
+
+    distance = (values - weighted_mean(weights, values).unsqueeze(1)).square().sum(-1)
+    left_out = 1 - weights
+    # Leaving out candidate k moves the mean by W_k / (1 - W_k) times its distance. At W_k = 1 the distance is zero as well.
+    influence = weights / left_out.clamp(min=torch.finfo(weights.dtype).eps)
+    length = ((weights + influence.square()) * distance).sum(1).sqrt()
+    return torch.minimum(fitted, length / _positive(weighted_mean(weights, stein).square().sum(-1).sqrt()))
+
+
+def _second_moments(weights: Tensor, values: Tensor, stein: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariance of ``f`` and ``s``, and variance of ``s``, under squared weights, each (B, D)."""
+    squared = weights.square().unsqueeze(-1)
+    values = values - weighted_mean(weights, values).unsqueeze(1)
+    stein = stein - weighted_mean(weights, stein).unsqueeze(1)
+    return (squared * values * stein).sum(1), (squared * stein.square()).sum(1)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """A ratio that is 0 where it is undefined, through lack of information or overflow."""
+    return torch.nan_to_num(numerator / _positive(denominator), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.clamp(min=torch.finfo(x.dtype).tiny)
