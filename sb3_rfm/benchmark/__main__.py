@@ -1,0 +1,83 @@
+"""The benchmark's command line: ``python -m sb3_rfm.benchmark run | report | speed``."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sb3_rfm.benchmark.suites import SETTINGS, SUITES, get_setting, get_tasks, parse_overrides
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--suite", nargs="+", default=["classic"], metavar="NAME", help=f"{', '.join(SUITES)}, or environment ids"
+    )
+    parser.add_argument(
+        "--algos",
+        nargs="+",
+        default=["rfm", "sac"],
+        metavar="ALGO",
+        help=f"rfm, qne, dqs, qsm, sac, td3, tqc, or one with a setting: {', '.join(SETTINGS)}",
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="environment steps of a run; those of the suite by default")
+    parser.add_argument("--eval-every", type=int, default=10_000, help="environment steps between evaluations")
+    parser.add_argument("--eval-episodes", type=int, default=25, help="episodes of an evaluation")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[ALGO.]ARGUMENT=VALUE",
+        help="arguments of the algorithms, e.g. rfm.n_candidates=32, or rfm:cold.temperature=0.01 with --algos rfm:cold",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a run")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="results folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the runs that are not finished yet."""
+    from sb3_rfm.benchmark.records import RunFolder
+    from sb3_rfm.benchmark.runner import LocalEngine, Sweep, plan
+
+    arguments = parse_overrides(args.set, args.algos)
+    for label in args.algos:
+        get_setting(label, arguments[label])
+    specs = plan(
+        [task for name in args.suite for task in get_tasks(name, args.steps)],
+        args.algos,
+        range(args.first_seed, args.first_seed + args.seeds),
+        eval_every=args.eval_every,
+        eval_episodes=args.eval_episodes,
+        arguments=arguments,
+    )
+    folders = [RunFolder.create(args.out, spec) for spec in specs]
+    return 1 if Sweep(folders, LocalEngine(args.jobs, args.threads)).run() else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    :param argv: Arguments; those of the process by default
+    :return: Exit status
+    """
+    parser = argparse.ArgumentParser(prog="python -m sb3_rfm.benchmark", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_run(commands.add_parser("run", help="learn and evaluate: algorithms × tasks × seeds"))
+    args = parser.parse_args(argv)
+    # A scheduler's SIGTERM is handled like Ctrl-C: the processes of the runs are stopped too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run(args)
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("Stopped. The same command continues.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

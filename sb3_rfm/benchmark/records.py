@@ -1,0 +1,220 @@
+"""The results folder: one folder for each run, which holds everything there is to know about it.
+
+.. code-block:: text
+
+    results/<environment>/<algorithm>/seed-<n>/
+        config.json        what was asked for, and on what it ran: versions, commit, machine
+        evaluations.csv    step, wall_clock, training_seconds, mean, return_1, ..., return_n
+        status.json        how far it is
+        training/          SB3's log of training
+        log.txt            what the process printed
+
+Files are replaced as a whole, so that a run killed at any moment leaves none half written.
+"""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("sb3_rfm", "torch", "numpy", "gymnasium", "stable_baselines3", "sb3_contrib", "mujoco", "dm_control", "shimmy")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: what has to be equal for two runs to be the same run.
+
+    :param algo: Label of the algorithm, see :mod:`sb3_rfm.benchmark.suites`
+    :param env_id: Environment
+    :param seed: Seed of training; those of evaluation are derived from it
+    :param steps: Environment steps to learn
+    :param eval_every: Environment steps between evaluations
+    :param eval_episodes: Episodes of an evaluation
+    :param arguments: Arguments that replace those of the algorithm's setting
+    """
+
+    algo: str
+    env_id: str
+    seed: int
+    steps: int
+    eval_every: int = 10_000
+    eval_episodes: int = 25
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Path of the run's folder within the results folder."""
+        return f"{self.env_id.replace('/', '-')}/{self.algo.replace(':', '-')}/seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Returns of the deterministic policy after a number of environment steps.
+
+    :param step: Environment steps learned from
+    :param wall_clock: Seconds that the run has taken so far
+    :param training_seconds: The same without evaluations
+    :param returns: Return of each episode
+    """
+
+    step: int
+    wall_clock: float
+    training_seconds: float
+    returns: list[float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.returns) / len(self.returns)
+
+
+def write_atomic(file: Path, text: str) -> None:
+    """Replace ``file`` by one with the content ``text``; nobody ever sees a part of it."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write ``content``; what is not JSON is written as its ``repr``."""
+    write_atomic(file, json.dumps(content, indent=2, default=repr) + "\n")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Content of a JSON file; empty if there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+class RunFolder:
+    """Folder of one run.
+
+    :param path: The folder
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, root: Path, spec: RunSpec) -> "RunFolder":
+        """Folder of the run within a results folder; made if it is not there.
+
+        :raises ValueError: if the folder holds a run that was asked for with other arguments
+        """
+        folder = cls(root / spec.name)
+        config = folder.config
+        wanted = json.loads(json.dumps(asdict(spec), default=repr))
+        if not config:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_json(folder.path / "config.json", {"run": wanted})
+        elif config["run"] != wanted:
+            there = {key: value for key, value in config["run"].items() if value != wanted.get(key)}
+            raise ValueError(
+                f"{folder.path} holds a run with {there} instead of { {key: wanted.get(key) for key in there} }. "
+                "Choose another results folder, or another name for the setting (algo:name)."
+            )
+        return folder
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.path / "config.json")
+
+    @property
+    def spec(self) -> RunSpec:
+        return RunSpec(**self.config["run"])
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """``state``, ``step``, ``wall_clock`` and ``last_return``; ``state`` is "new" before the run starts."""
+        return {"state": "new", "step": 0, "wall_clock": 0.0, "last_return": None} | read_json(self.path / "status.json")
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.status["state"] == "finished")
+
+    def describe(self, arguments: dict[str, Any]) -> None:
+        """Add to the configuration what the run is done with."""
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        config = self.config
+        sessions = [*config.get("sessions", []), started]
+        write_json(self.path / "config.json", config | {"arguments": arguments} | provenance() | {"sessions": sessions})
+
+    def set_status(self, **values: Any) -> None:
+        write_json(self.path / "status.json", self.status | values)
+
+    def read_evaluations(self) -> list[Evaluation]:
+        """Evaluations that were done, in order."""
+        try:
+            with (self.path / "evaluations.csv").open(encoding="utf-8", newline="") as file:
+                rows = list(csv.reader(file))[1:]
+        except FileNotFoundError:
+            return []
+        return [Evaluation(int(r[0]), float(r[1]), float(r[2]), [float(value) for value in r[4:]]) for r in rows]
+
+    def write_evaluations(self, evaluations: list[Evaluation]) -> None:
+        """Replace the evaluations."""
+        n_episodes = len(evaluations[0].returns) if evaluations else 0
+        header = ["step", "wall_clock", "training_seconds", "mean", *(f"return_{i + 1}" for i in range(n_episodes))]
+        lines = [",".join(header)]
+        for e in evaluations:
+            numbers = [f"{e.wall_clock:.1f}", f"{e.training_seconds:.1f}", f"{e.mean:.4f}", *(f"{r:.4f}" for r in e.returns)]
+            lines.append(",".join([str(e.step), *numbers]))
+        write_atomic(self.path / "evaluations.csv", "\n".join(lines) + "\n")
+
+
+def find_runs(root: Path) -> Iterator[RunFolder]:
+    """All runs below a folder, in the order of their names."""
+    for file in sorted(root.rglob("config.json")):
+        if "run" in read_json(file):
+            yield RunFolder(file.parent)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and machine."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name.replace("_", "-"))
+        except metadata.PackageNotFoundError:
+            continue
+    if "sb3_rfm" not in versions:  # used from a checkout without installation
+        import sb3_rfm
+
+        versions["sb3_rfm"] = sb3_rfm.__version__
+    return {"versions": versions, "commit": git_commit(), "machine": describe_machine()}
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package is in, with ``+changes`` if files were changed since; None outside of one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "..") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, GPU and system."""
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    model = platform.processor()
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    machine = {"processor": model, "cores": os.cpu_count(), "system": platform.platform()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    return machine

@@ -1,0 +1,259 @@
+"""Many runs, each in a process of its own, with a live table of how far they are.
+
+The results folder is the state. A run that is finished is skipped, one that was killed is taken up again, and a run that
+another process is doing is waited for, so that several machines may share a folder.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from sb3_rfm.benchmark.records import RunFolder, RunSpec
+from sb3_rfm.benchmark.worker import BUSY
+
+POLL_SECONDS = 0.5
+BUSY_RETRY_SECONDS = 10.0
+LINE_SECONDS = 60.0
+"""Time between two lines of progress where there is no terminal."""
+
+
+def plan(tasks: Iterable[Any], labels: Sequence[str], seeds: Iterable[int], **common: Any) -> list[RunSpec]:
+    """All runs of an experiment, the first seed of every algorithm and task before the second of any.
+
+    :param tasks: Tasks
+    :param labels: Labels of algorithms
+    :param seeds: Seeds
+    :param common: ``eval_every``, ``eval_episodes`` and ``arguments``, the arguments of each label
+    """
+    arguments = common.pop("arguments", {})
+    tasks = list(tasks)
+    return [
+        RunSpec(label, task.env_id, seed, task.steps, arguments=arguments.get(label, {}), **common)
+        for seed in seeds
+        for task in tasks
+        for label in labels
+    ]
+
+
+class Job(Protocol):
+    """A run that was started somewhere."""
+
+    def poll(self) -> int | None:
+        """Exit status, or None while it runs."""
+
+    def stop(self) -> None:
+        """Ask it to stop; returns when it has."""
+
+
+class LocalEngine:
+    """Runs in processes on this machine.
+
+    :param jobs: Processes at once
+    :param threads: Threads of each
+    """
+
+    def __init__(self, jobs: int = 1, threads: int = 1) -> None:
+        self.jobs = jobs
+        self.threads = threads
+
+    def start(self, folder: RunFolder) -> Job:
+        """Start the run of a folder."""
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        environment = os.environ | dict.fromkeys(names, str(self.threads))
+        with (folder.path / "log.txt").open("a") as log:
+            # A session of its own: Ctrl-C reaches this process alone, which then stops the others one by one.
+            return LocalJob(
+                subprocess.Popen(
+                    [sys.executable, "-m", "sb3_rfm.benchmark.worker", str(folder.path)],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
+            )
+
+
+class LocalJob:
+    """A process on this machine."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.process = process
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@dataclass
+class Sweep:
+    """Runs and where they stand.
+
+    :param folders: Folders of the runs
+    :param engine: What runs them
+    :param console: Where to show progress
+    """
+
+    folders: list[RunFolder]
+    engine: Any
+    console: Console = field(default_factory=Console)
+
+    def __post_init__(self) -> None:
+        self.pending = [folder for folder in self.folders if not folder.finished]
+        self.running: dict[Path, Job] = {}
+        self.failed: list[RunFolder] = []
+        self.retry_at: dict[Path, float] = {}
+        self.first_step: dict[Path, tuple[float, int]] = {}
+
+    def run(self) -> list[RunFolder]:
+        """Do all runs.
+
+        :return: Those that failed
+        """
+        skipped = len(self.folders) - len(self.pending)
+        self.console.print(f"{len(self.folders)} runs, {skipped} of them finished before.")
+        live = (
+            Live(console=self.console, refresh_per_second=2, get_renderable=self.table) if self.console.is_terminal else None
+        )
+        context: AbstractContextManager[Any] = live or nullcontext()
+        last_line = time.monotonic()
+        try:
+            with context:
+                while self.pending or self.running:
+                    self._start()
+                    self._collect()
+                    if live is None and time.monotonic() - last_line > LINE_SECONDS:
+                        last_line = time.monotonic()
+                        self.console.print(self.summary())
+                    time.sleep(POLL_SECONDS)
+        finally:
+            for job in self.running.values():
+                job.stop()
+        self.console.print(self.summary())
+        for folder in self.failed:
+            self.console.print(f"failed: {folder.path}, see {folder.path / 'log.txt'}")
+        return self.failed
+
+    def _start(self) -> None:
+        for folder in list(self.pending):
+            if len(self.running) >= self.engine.jobs:
+                return
+            if time.monotonic() >= self.retry_at.get(folder.path, 0.0):
+                self.pending.remove(folder)
+                self.running[folder.path] = self.engine.start(folder)
+
+    def _collect(self) -> None:
+        for folder in self.folders:
+            job = self.running.get(folder.path)
+            status = None if job is None else job.poll()
+            if status is None:
+                continue
+            del self.running[folder.path]
+            if status == BUSY:
+                self.retry_at[folder.path] = time.monotonic() + BUSY_RETRY_SECONDS
+                self.pending.append(folder)
+            elif status != 0 or not folder.finished:
+                self.failed.append(folder)
+            if not self.console.is_terminal and status != BUSY:
+                self.console.print(self._line(folder, status))
+
+    # What is shown
+
+    def _line(self, folder: RunFolder, status: int) -> str:
+        spec, state = folder.spec, folder.status
+        what = f"{spec.env_id}  {spec.algo}  seed {spec.seed}"
+        if status != 0:
+            return f"{what}: failed with exit status {status}"
+        return f"{what}: return {state['last_return']:.1f} after {state['step']:,} steps, {duration(state['wall_clock'])}"
+
+    def rates(self) -> dict[Path, float]:
+        """Environment steps per second of the runs that are being done, since they were first seen."""
+        now, result = time.monotonic(), {}
+        for folder in self.folders:
+            step = folder.status["step"]
+            if folder.path in self.running and step > 0:
+                start, first = self.first_step.setdefault(folder.path, (now, step))
+                if step > first:
+                    result[folder.path] = (step - first) / (now - start)
+        return result
+
+    def remaining(self, rates: dict[Path, float]) -> float | None:
+        """Seconds to the end of all runs, or None as long as nothing is known.
+
+        Runs that were not started yet take as long per step as those of the same algorithm and task, else as the others.
+        """
+        costs: dict[tuple[str, str], list[float]] = {}
+        for folder in self.folders:
+            spec, status = folder.spec, folder.status
+            if folder.path in rates:
+                costs.setdefault((spec.algo, spec.env_id), []).append(1 / rates[folder.path])
+            elif folder.finished and status["step"]:
+                costs.setdefault((spec.algo, spec.env_id), []).append(status["wall_clock"] / status["step"])
+        if not costs:
+            return None
+        everything = [cost for values in costs.values() for cost in values]
+        total, longest = 0.0, 0.0
+        for folder in [*self.pending, *(f for f in self.folders if f.path in self.running)]:
+            spec = folder.spec
+            known = costs.get((spec.algo, spec.env_id), everything)
+            seconds = (spec.steps - folder.status["step"]) * sum(known) / len(known)
+            total, longest = total + seconds, max(longest, seconds)
+        return max(total / self.engine.jobs, longest)
+
+    def summary(self) -> str:
+        """One line: how many runs are where, and the remaining time."""
+        n_finished = sum(folder.finished for folder in self.folders)
+        parts = [f"{n_finished} of {len(self.folders)} finished", f"{len(self.running)} running"]
+        if self.failed:
+            parts.append(f"{len(self.failed)} failed")
+        if self.running or self.pending:
+            remaining = self.remaining(self.rates())
+            parts.append(f"about {duration(remaining)} left" if remaining is not None else "remaining time unknown yet")
+        return ", ".join(parts)
+
+    def table(self) -> Table:
+        """The runs that are being done, the last that ended, and the summary."""
+        rates = self.rates()
+        table = Table(caption=self.summary(), caption_justify="left", box=None, pad_edge=False)
+        for name in ("environment", "algorithm", "seed"):
+            table.add_column(name)
+        for name in ("step", "steps/s", "return", "remaining"):
+            table.add_column(name, justify="right")
+        ended = [f for f in self.folders if f.path not in self.running and f not in self.pending][-8:]
+        for folder in [*ended, *(f for f in self.folders if f.path in self.running)]:
+            spec, status = folder.spec, folder.status
+            rate = rates.get(folder.path)
+            left = f"{duration((spec.steps - status['step']) / rate)}" if rate else ""
+            table.add_row(
+                spec.env_id,
+                spec.algo,
+                str(spec.seed),
+                f"{status['step']:,} / {spec.steps:,}",
+                f"{rate:.0f}" if rate else "",
+                "" if status["last_return"] is None else f"{status['last_return']:.1f}",
+                status["state"] if folder.path not in self.running else left or "starting",
+                style={"finished": "green", "failed": "red"}.get(status["state"]) if folder.path not in self.running else None,
+            )
+        return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))

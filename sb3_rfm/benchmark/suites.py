@@ -1,0 +1,204 @@
+"""What is compared on what: tasks with their budgets, and algorithms with their settings.
+
+An algorithm is named ``algo`` for its defaults or ``algo:setting`` for a named setting of it, as in ``qne:paper``. The
+``paper`` settings are those of the experiment in Li, Tang & Azizan (arXiv 2601.08136), as far as the classes here have
+the choice. They keep one learning rate for actor and critic, and the control variate is this library's. The defaults of
+RFM, QNE and DQS choose among particles when acting, all three in the same way; in the paper only RFM does while training.
+"""
+
+import ast
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+from gymnasium import spaces
+from gymnasium.wrappers import FlattenObservation
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from sb3_rfm.paths import LinearVPPath, VEPath
+
+
+@dataclass(frozen=True)
+class Task:
+    """An environment and the steps to learn in it."""
+
+    env_id: str
+    steps: int
+
+
+DMC8 = (
+    "cheetah-run",
+    "cartpole-swingup",
+    "fish-swim",
+    "fish-upright",
+    "walker-walk",
+    "walker-run",
+    "finger-spin",
+    "finger-turn_hard",
+)
+
+SUITES: dict[str, tuple[Task, ...]] = {
+    "dmc8": tuple(Task(f"dm_control/{name}-v0", 250_000) for name in DMC8),
+    "classic": (Task("dm_control/cartpole-swingup-v0", 50_000), Task("Pendulum-v1", 10_000)),
+}
+
+DEFAULT_STEPS = 100_000
+"""Steps in an environment that is named by its id."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Arguments of an algorithm, and what evaluation does differently from acting.
+
+    :param arguments: Keyword arguments of the class; ``action_noise`` may be the standard deviation of Gaussian noise
+    :param evaluation_particles: Particles to choose among when evaluating, where that differs from ``n_particles``
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    evaluation_particles: int | None = None
+
+
+_PAPER = {"buffer_size": 250_000, "learning_starts": 10_000}
+
+SETTINGS: dict[str, Setting] = {
+    "rfm:paper": Setting(
+        {
+            **_PAPER,
+            "temperature": 0.02,
+            "n_candidates": 100,
+            "integration_steps": 10,
+            "proposal": "policy",
+            "n_particles": 32,
+            "n_target_particles": 32,
+            "max_grad_norm": 10.0,
+            "policy_kwargs": {"net_arch": {"pi": [256, 256, 256], "qf": [256, 256]}},
+        }
+    ),
+    "qne:paper": Setting(
+        {
+            **_PAPER,
+            "path": "cosine",
+            "temperature": 0.02,
+            "n_candidates": 500,
+            "integration_steps": 20,
+            "n_particles": 1,
+        },
+        evaluation_particles=32,
+    ),
+    "dqs:paper": Setting(
+        {
+            **_PAPER,
+            "path": VEPath(1e-5, 1.0),
+            "temperature": 0.05,
+            "n_candidates": 1000,
+            "integration_steps": 20,
+            "n_particles": 1,
+        }
+    ),
+    "qsm:paper": Setting(
+        {
+            **_PAPER,
+            "path": LinearVPPath(),
+            "temperature": 1 / 50,
+            "sampler": "sde",
+            "integration_steps": 20,
+            "n_particles": 1,
+            "action_noise": 0.1,
+        }
+    ),
+    "sac:paper": Setting(dict(_PAPER)),
+}
+
+
+def get_algorithm(name: str) -> type[BaseAlgorithm]:
+    """Class of an algorithm.
+
+    :param name: ``rfm``, ``qne``, ``dqs``, ``qsm``; SB3's ``sac`` and ``td3``; sb3-contrib's ``tqc`` where installed
+    :raises ValueError: for an unknown name
+    """
+    import stable_baselines3
+
+    import sb3_rfm
+
+    classes: dict[str, type[BaseAlgorithm]] = {
+        "rfm": sb3_rfm.RFM,
+        "qne": sb3_rfm.QNE,
+        "dqs": sb3_rfm.DQS,
+        "qsm": sb3_rfm.QSM,
+        "sac": stable_baselines3.SAC,
+        "td3": stable_baselines3.TD3,
+    }
+    if name == "tqc":
+        from sb3_contrib import TQC
+
+        return TQC
+    if name not in classes:
+        raise ValueError(f"Unknown algorithm {name!r}: expected one of {sorted([*classes, 'tqc'])}.")
+    return classes[name]
+
+
+def get_setting(label: str, overrides: dict[str, Any]) -> Setting:
+    """The setting that a label names, with arguments replaced.
+
+    :param label: ``algo`` or ``algo:setting``; a setting that is not in :data:`SETTINGS` is its overrides
+    :param overrides: Arguments that take precedence
+    :raises ValueError: for a setting that is neither known nor given by overrides
+    """
+    get_algorithm(label.partition(":")[0])
+    if ":" in label and label not in SETTINGS and not overrides:
+        known = sorted(SETTINGS)
+        raise ValueError(f"Unknown setting {label!r}: known are {known}; a new one needs --set {label}.argument=value.")
+    setting = SETTINGS.get(label, Setting())
+    return Setting({**setting.arguments, **overrides}, setting.evaluation_particles)
+
+
+def get_tasks(name: str, steps: int | None = None) -> list[Task]:
+    """Tasks of a suite, or the one environment of that id.
+
+    :param name: Name of a suite, or an environment id; ids of the Control Suite may leave out ``dm_control/`` and ``-v0``
+    :param steps: Steps to learn; the suite's by default
+    """
+    if name in DMC8:
+        name = f"dm_control/{name}-v0"
+    tasks = SUITES.get(name, (Task(name, DEFAULT_STEPS),))
+    return [Task(task.env_id, steps or task.steps) for task in tasks]
+
+
+def parse_overrides(items: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Arguments given on the command line, for each label.
+
+    :param items: ``argument=value`` for all algorithms or ``label.argument=value`` for one; values are Python literals, and
+        strings where they are not
+    :param labels: Labels of the algorithms
+    :raises ValueError: for an item that is not understood
+    """
+    result: dict[str, dict[str, Any]] = {label: {} for label in labels}
+    for item in items:
+        key, separator, text = item.partition("=")
+        target, _, argument = key.rpartition(".")
+        if not separator or not argument.isidentifier() or (target and target not in result):
+            raise ValueError(f"--set expects argument=value or algo.argument=value with one of {list(result)}, got {item!r}.")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        for label in [target] if target else list(result):
+            result[label][argument] = value
+    return result
+
+
+def make_env(env_id: str) -> gym.Env[Any, Any]:
+    """Make an environment with a flat observation, as an MLP needs it.
+
+    :param env_id: Registered id; importing Shimmy registers those of the DeepMind Control Suite
+    """
+    if env_id.startswith("dm_control/"):
+        import shimmy  # noqa: F401
+    env = gym.make(env_id)
+    return FlattenObservation(env) if isinstance(env.observation_space, spaces.Dict) else env
+
+
+def env_maker(env_id: str) -> Callable[[], gym.Env[Any, Any]]:
+    """:func:`make_env` without arguments, for SB3's vectorised environments."""
+    return lambda: make_env(env_id)
