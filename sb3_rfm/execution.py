@@ -12,7 +12,6 @@ A function that cannot be compiled falls back to eager execution on its own, wit
 eager generators in every mode, so that all modes see the same noise.
 """
 
-import contextlib
 import ctypes
 import shutil
 import sys
@@ -108,6 +107,7 @@ class Executor:
         """
         if self.mode == "eager":
             return function
+        _load_compiler()
         # The compiled code calls its kernels from C++, and does not check before each call that no module was exchanged.
         options: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True}
         if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
@@ -115,30 +115,33 @@ class Executor:
         if self.mode == "cuda_graph":
             options["triton.cudagraphs"] = True
         compiled = torch.compile(function, options=options, dynamic=False, fullgraph=True)
-        state = {"failed": False}
+        failed = False
 
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
-            if state["failed"]:
+            nonlocal failed
+            if failed:
                 return function(*args, **kwargs)
             try:
-                with _compiler_settings():
-                    return compiled(*args, **kwargs)
+                return compiled(*args, **kwargs)
             except torch._dynamo.exc.TorchDynamoException as error:
-                state["failed"] = True
-                warnings.warn(
-                    f"{getattr(function, '__name__', function)} could not be compiled and runs eagerly: "
-                    f"{str(error).splitlines()[0]}",
-                    stacklevel=2,
-                )
+                failed = True
+                name, reason = getattr(function, "__name__", function), str(error).splitlines()[0]
+                warnings.warn(f"{name} could not be compiled and runs eagerly: {reason}", stacklevel=2)
                 return function(*args, **kwargs)
 
         return run
 
 
-def _compiler_settings() -> contextlib.AbstractContextManager[Any]:
-    """Let the compiler see ``torch.autograd.grad``, by which the estimator takes gradients of log-densities."""
-    import torch._dynamo  # loading the compiler takes seconds; only who compiles pays for it
+def _load_compiler() -> None:
+    """Load and set up the compiler, which takes seconds; only who compiles pays for it.
+
+    It must see ``torch.autograd.grad``, by which the estimator takes gradients of log-densities. Deprecation warnings of
+    its own modules, which some environment packages make visible, are not the user's.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import torch._dynamo
+        import torch._inductor.compile_fx
 
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        return torch._dynamo.config.patch(trace_autograd_ops=True)
-    return contextlib.nullcontext()
+        torch._dynamo.config.trace_autograd_ops = True
