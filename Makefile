@@ -12,11 +12,12 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 SOURCES := sb3_rfm examples tests docs/conf.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit docs format constraints clean
+.PHONY: help demo test lint types unit conformance conformance-subset docs format constraints clean
 
 help:
 	@echo "make demo     train RFM on cartpole-swingup and film the result (make demo ARGS=--help lists the options)"
 	@echo "make test     format, lint, types, tests and documentation"
+	@echo "make conformance  Stable-Baselines3's own tests on every algorithm; make test runs a part of them"
 	@echo "make format   reformat the code and apply safe lint fixes"
 	@echo "make docs     build the documentation in docs/_build/html"
 	@echo "make clean    remove the virtual environment and everything built; runs/ is kept"
@@ -24,7 +25,7 @@ help:
 demo: $(STAMP)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-test: lint types unit docs
+test: lint types unit conformance-subset docs
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -35,6 +36,13 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(ONE_THREAD) $(BIN)/pytest -n 2 $(ARGS)
+
+# Stable-Baselines3's own tests, with its SAC and TD3 replaced by the algorithms of this package.
+conformance: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python tests/conformance/run.py $(ARGS)
+
+conformance-subset: $(STAMP)
+	$(ONE_THREAD) $(BIN)/python tests/conformance/run.py --subset
 
 docs: $(STAMP)
 	$(BIN)/sphinx-build -W --keep-going --quiet docs docs/_build/html

@@ -1,5 +1,6 @@
 """Flow and diffusion policies for Stable-Baselines3."""
 
+from sb3_rfm.checkpoint import Rewindable, RunCheckpoint
 from sb3_rfm.dqs import DQS
 from sb3_rfm.qne import QNE
 from sb3_rfm.qsm import QSM
@@ -7,4 +8,4 @@ from sb3_rfm.rfm import RFM
 
 __version__ = "0.1.0"
 
-__all__ = ["DQS", "QNE", "QSM", "RFM", "__version__"]
+__all__ = ["DQS", "QNE", "QSM", "RFM", "Rewindable", "RunCheckpoint", "__version__"]

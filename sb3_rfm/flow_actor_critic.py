@@ -21,13 +21,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFrequencyUnit
 from stable_baselines3.common.utils import get_parameters_by_name
 from torch import Tensor
 from torch.nn import functional as F
 
+from sb3_rfm.dict_observations import DictBuffer, scalar_keys
 from sb3_rfm.execution import (
     ExecutionMode,
     Executor,
@@ -38,6 +38,7 @@ from sb3_rfm.execution import (
     resolve_precision,
 )
 from sb3_rfm.paths import Path, get_path
+from sb3_rfm.persistence import PersistentAlgorithm
 from sb3_rfm.policies import CnnPolicy, FlowActor, FlowPolicy, MlpPolicy, MultiInputPolicy, QCritic, squash, unsquash
 from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean
 
@@ -49,13 +50,16 @@ LATENT_SCALE = 1.0
 TEMPERATURE_FRACTION = 0.05
 """``temperature="auto"``: temperature over the spread of Q between random actions, per root of the action dimension."""
 
+REWARDS_PER_UNIT = 10.0
+"""Mean rewards in one unit of the critics: with a discount of 0.99, values are then at most of order 10."""
+
 
 def log_sech2(u: Tensor) -> Tensor:
     """``log(1 - tanh(u)^2)`` without cancellation."""
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
-class FlowActorCritic(OffPolicyAlgorithm):
+class FlowActorCritic(PersistentAlgorithm):
     """Base of the flow-policy algorithms: everything but the regression target of the flow.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a :class:`~sb3_rfm.policies.FlowPolicy` class
@@ -194,6 +198,8 @@ class FlowActorCritic(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
+        if self.replay_buffer_class is None and self.n_steps == 1 and scalar_keys(self.observation_space):
+            self.replay_buffer_class = DictBuffer
         super()._setup_model()
         self.policy.configure_sampling(self.path, self.sampler, self.integration_steps, self.n_particles, self.t_min)
         if self.temperature != "auto":
@@ -203,7 +209,7 @@ class FlowActorCritic(OffPolicyAlgorithm):
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
         self._reduced = resolve_precision(self.precision, self.device)
-        self._prepare_functions(Executor())
+        self._prepare_functions(Executor(resolve_mode(self.execution, self.device, n_updates=0)))
         self._polyak_tensors = (
             [p.data for p in self.critic.parameters()],
             [p.data for p in self.critic_target.parameters()],
@@ -433,11 +439,11 @@ class FlowActorCritic(OffPolicyAlgorithm):
 
     @th.no_grad()
     def _update_reward_scale(self, rewards: Tensor) -> None:
-        """Keep the critics' unit at the mean size of a reward, so that values are of order 1 / (1 - gamma) in it.
+        """Keep the critics' unit at ``REWARDS_PER_UNIT`` times the mean size of a reward.
 
         Batches without any reward do not count: where rewards are sparse, the unit would shrink towards zero.
         """
-        size = rewards.abs().mean()
+        size = REWARDS_PER_UNIT * rewards.abs().mean()
         old = self.critic.scale
         n_batches = self.policy.n_rewarded_batches
         n_batches += size > 0

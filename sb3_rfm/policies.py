@@ -14,16 +14,18 @@ from stable_baselines3.common.policies import BaseModel, BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
-    CombinedExtractor,
     FlattenExtractor,
     NatureCNN,
     get_actor_critic_arch,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.utils import ConstantSchedule
 from torch import Tensor, nn
 
+from sb3_rfm.dict_observations import DictExtractor
 from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
 from sb3_rfm.paths import Path, get_path
+from sb3_rfm.persistence import PersistentModel
 from sb3_rfm.samplers import denoise, langevin, time_grid
 
 LATENT_BOUND = 4.0
@@ -41,7 +43,7 @@ def unsquash(actions: Tensor) -> Tensor:
     return th.atanh(actions.clamp(-limit, limit))
 
 
-class BoundedPolicy(BasePolicy):
+class BoundedPolicy(PersistentModel, BasePolicy):
     """A policy whose actions never leave their box by a rounding."""
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
@@ -239,10 +241,14 @@ class QCritic(BaseModel):
 
         :param encoded: Result of :meth:`encode`
         :param actions: (B, D) or (B, K, D), in [-1, 1]
-        :param reduced: See :meth:`ConditionalMLP.decode`
+        :param reduced: Compute what distinguishes the K actions in bfloat16, see :meth:`ConditionalMLP.decode_differences`
         :return: (n_critics, B) or (n_critics, B, K)
         """
-        values = [network.decode(e, actions, reduced).squeeze(-1) for network, e in zip(self._networks, encoded, strict=True)]
+        pairs = zip(self._networks, encoded, strict=True)
+        if reduced:
+            values = [network.decode_differences(e, actions).squeeze(-1) for network, e in pairs]
+        else:
+            values = [network.decode(e, actions).squeeze(-1) for network, e in pairs]
         return self.scale * th.stack(values)
 
     def min_q(self, encoded: list[Tensor], actions: Tensor, reduced: bool = False) -> Tensor:
@@ -393,7 +399,7 @@ class FlowPolicy(BoundedPolicy):
             activation_fn=self.activation_fn,
             features_extractor_class=self.features_extractor_class,
             features_extractor_kwargs=self.features_extractor_kwargs,
-            lr_schedule=self._dummy_schedule,
+            lr_schedule=ConstantSchedule(0.0),
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,
             n_critics=self.n_critics,
@@ -467,7 +473,7 @@ class CnnPolicy(FlowPolicy):
 
 
 class MultiInputPolicy(FlowPolicy):
-    """:class:`FlowPolicy` for dictionaries: the same parameters, with SB3's CombinedExtractor as features extractor."""
+    """:class:`FlowPolicy` for dictionaries: the same parameters, with :class:`~sb3_rfm.dict_observations.DictExtractor`."""
 
     def __init__(
         self,
@@ -475,7 +481,7 @@ class MultiInputPolicy(FlowPolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         *,
-        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        features_extractor_class: type[BaseFeaturesExtractor] = DictExtractor,
         **kwargs: Any,
     ) -> None:
         super().__init__(

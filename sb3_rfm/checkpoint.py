@@ -1,0 +1,378 @@
+"""Checkpoints from which a run continues as if it had never been interrupted.
+
+A checkpoint is one file: the model as ``save`` writes it (weights, optimizers, counters, last observation), the replay buffer,
+the statistics of ``VecNormalize`` and its like, the state of every random generator, and the state of the environments. It is
+taken between two rollouts, where all of these are consistent, and written under another name first, so that a process killed
+at any moment leaves the checkpoints it had.
+
+The state of an environment is made data by :class:`Rewindable`: the seed of the current episode and the actions since. An
+environment is restored by playing them again. That is exact for every environment whose episodes are functions of
+``reset(seed=...)`` and the actions, as Gymnasium's interface promises.
+"""
+
+import io
+import json
+import os
+import pickle
+import random
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
+
+from sb3_rfm import safe_pickle
+
+FORMAT = "sb3_rfm checkpoint"
+VERSION = 1
+
+
+class Rewindable(gym.Wrapper):
+    """An environment whose state is data: the seed of its episode, and the actions since.
+
+    Every episode is reset with a seed of its own, drawn from a generator that the first seed starts. An environment that
+    has ``get_run_state`` and ``set_run_state`` of its own needs no wrapper.
+
+    :param env: An environment that honours ``reset(seed=...)``
+    """
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self._generator = np.random.default_rng()
+        self._episode: dict[str, Any] = {"seed": None, "options": None}
+        self._actions: list[Any] = []
+        self._observation: Any = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is None:
+            seed = int(self._generator.integers(2**31))
+        else:
+            self._generator = np.random.default_rng(seed)
+        self._episode, self._actions = {"seed": seed, "options": options}, []
+        self._observation, info = self.env.reset(seed=seed, options=options)
+        return self._observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        self._actions.append(np.array(action))
+        self._observation, reward, terminated, truncated, info = self.env.step(action)
+        return self._observation, reward, terminated, truncated, info
+
+    def get_run_state(self) -> dict[str, Any]:
+        """What :meth:`set_run_state` needs to bring another instance into this state."""
+        return {
+            "generator": self._generator.bit_generator.state,
+            "episode": self._episode,
+            "actions": self._actions,
+            "observation": self._observation,
+        }
+
+    def set_run_state(self, state: dict[str, Any]) -> None:
+        """Play the episode of ``state`` again, up to where it was."""
+        self.reset(**state["episode"])
+        for action in state["actions"]:
+            self.step(action)
+        self._generator.bit_generator.state = state["generator"]
+        if not _equal(self._observation, state["observation"]):
+            warnings.warn(
+                "Played again from the same seed, the environment came to another observation: it is not deterministic. "
+                "The run goes on, but not exactly as it would have.",
+                stacklevel=2,
+            )
+
+
+class RunCheckpoint(BaseCallback):
+    """Write a checkpoint every ``save_freq`` calls of ``env.step()``, from which ``resume`` continues the run exactly.
+
+    Environments in a ``DummyVecEnv`` are wrapped in :class:`Rewindable` when training starts. In a ``SubprocVecEnv`` the
+    wrapper has to be given when it is made, ``make_vec_env(..., wrapper_class=Rewindable)``.
+
+    :param save_freq: Calls of ``env.step()`` between checkpoints; each steps all environments
+    :param save_path: Folder of the checkpoints
+    :param name_prefix: Their name before the number of steps
+    :param keep_last: How many to keep; None for all
+    :param verbose: 2 → say when a checkpoint is written
+    :raises ValueError: for arguments out of range
+    """
+
+    def __init__(
+        self,
+        save_freq: int,
+        save_path: str | Path,
+        name_prefix: str = "checkpoint",
+        keep_last: int | None = 2,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        if save_freq < 1:
+            raise ValueError(f"save_freq must be at least 1, got {save_freq}.")
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"keep_last must be None or at least 1, got {keep_last}.")
+        self.save_freq = save_freq
+        self.save_path = Path(save_path)
+        self.name_prefix = name_prefix
+        self.keep_last = keep_last
+        self._last_save = 0
+
+    def _init_callback(self) -> None:
+        self.save_path.mkdir(parents=True, exist_ok=True)
+        for left_over in self.save_path.glob(f".{self.name_prefix}_*.unfinished"):
+            left_over.unlink()
+        self._last_save = self.n_calls
+        if make_rewindable(self.training_env):
+            # The wrappers must see the beginning of the first episode.
+            self.model._last_obs = self.training_env.reset()  # type: ignore[assignment]
+            if self.model._vec_normalize_env is not None:
+                self.model._last_original_obs = self.model._vec_normalize_env.get_original_obs()
+        if not all(self.training_env.has_attr(name) for name in ("get_run_state", "set_run_state")):
+            warnings.warn(
+                "The state of these environments cannot be saved: a resumed run will begin a new episode. "
+                "Wrap each of them in sb3_rfm.Rewindable, for instance by make_vec_env(..., wrapper_class=Rewindable).",
+                stacklevel=2,
+            )
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        # Between two rollouts no transition is on its way to the buffer.
+        if self.n_calls - self._last_save >= self.save_freq:
+            self._save()
+
+    def _on_training_end(self) -> None:
+        self._save()
+
+    def _save(self) -> None:
+        self._last_save = self.n_calls
+        path = self.save_path / f"{self.name_prefix}_{self.num_timesteps}_steps.zip"
+        assert isinstance(self.model, OffPolicyAlgorithm)
+        save_run(self.model, path)
+        if self.verbose >= 2:
+            print(f"Saved a checkpoint to {path}")
+        if self.keep_last is not None:
+            for old in checkpoints(self.save_path, self.name_prefix)[: -self.keep_last]:
+                old.unlink()
+
+
+def checkpoints(folder: str | Path, name_prefix: str = "checkpoint") -> list[Path]:
+    """Checkpoints in a folder, the oldest first.
+
+    :param folder: Folder
+    :param name_prefix: As given to :class:`RunCheckpoint`
+    """
+    pattern = re.compile(re.escape(name_prefix) + r"_(\d+)_steps\.zip")
+    found = [(int(match[1]), path) for path in Path(folder).iterdir() if (match := pattern.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def make_rewindable(env: VecEnv) -> bool:
+    """Wrap the environments of a ``DummyVecEnv`` in :class:`Rewindable` where they need it.
+
+    :param env: Vectorised environment
+    :return: Whether any was wrapped; they must then be reset
+    """
+    base = env.unwrapped
+    if not isinstance(base, DummyVecEnv):
+        return False
+    missing = [i for i, inner in enumerate(base.envs) if not inner.has_wrapper_attr("get_run_state")]
+    for i in missing:
+        base.envs[i] = Rewindable(base.envs[i])
+    return bool(missing)
+
+
+def save_run(model: OffPolicyAlgorithm, path: Path) -> None:
+    """Write everything that the run needs to continue; the file appears complete or not at all.
+
+    :param model: The algorithm, between two rollouts
+    :param path: The file
+    """
+    env = model.get_env()
+    assert env is not None and model.replay_buffer is not None
+    content = io.BytesIO()
+    model.save(content)
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "algorithm": type(model).__name__,
+        "num_timesteps": model.num_timesteps,
+        "env_id": _plain_env_id(env),
+        "n_envs": env.num_envs,
+        "execution": model._executor.mode,  # type: ignore[attr-defined]
+    }
+    state = {
+        "random": random_state(model),
+        "vec_env": [_statistics(layer) for layer in _layers(env)],
+        "envs": env.env_method("get_run_state") if env.has_attr("get_run_state") else None,
+    }
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("run.json", json.dumps(description, indent=1))
+            archive.writestr("model.zip", content.getvalue())
+            archive.writestr("state.pkl", pickle.dumps(state))
+            with archive.open("replay_buffer.pkl", "w", force_zip64=True) as member:
+                _BufferPickler(member, model.replay_buffer).dump(model.replay_buffer)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    if os.name == "posix":
+        # The new name, too, is only certain to survive a crash of the machine once the folder is on the disk.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_description(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
+    """Check that an archive is a checkpoint that this version can read.
+
+    :param archive: The open archive
+    :param name: Its name, for errors
+    :return: What ``save_run`` wrote about the run
+    :raises ValueError: where it is not
+    """
+    if "run.json" not in archive.namelist():
+        raise ValueError(f"{name} is not a checkpoint: it has no 'run.json'. (A saved model is read by load, not by resume.)")
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{name} is damaged: the checksum of '{damaged}' does not match.")
+    description: dict[str, Any] = json.loads(archive.read("run.json"))
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{name} is not a checkpoint of sb3_rfm: its format is {description.get('format')!r}.")
+    if description.get("version") != VERSION:
+        raise ValueError(f"{name} has checkpoint format {description.get('version')}; this version reads {VERSION}.")
+    return description
+
+
+def plain_env(description: dict[str, Any], name: str) -> VecEnv:
+    """The environments of a checkpoint made anew, where they are registered and have no arguments or wrappers.
+
+    :param description: See :func:`read_description`
+    :param name: Name of the checkpoint, for errors
+    :raises ValueError: where they cannot be made without the caller's help
+    """
+    env_id = description["env_id"]
+    if env_id not in gym.registry:
+        reason = f"'{env_id}' is not registered" if env_id else "they have arguments or wrappers"
+        raise ValueError(f"The environments of {name} cannot be made from the file alone ({reason}): pass env=...")
+    return DummyVecEnv([lambda: Monitor(gym.make(env_id, render_mode="rgb_array"))] * description["n_envs"])
+
+
+def restore_env(env: VecEnv, state: dict[str, Any]) -> None:
+    """Bring vectorised environments to where they were.
+
+    :param env: Environments made in the same way as those of the checkpoint
+    :param state: Member ``state.pkl`` of the checkpoint
+    :raises ValueError: where the wrappers differ from those of the checkpoint
+    """
+    layers = _layers(env)
+    if len(layers) != len(state["vec_env"]):
+        raise ValueError(f"The run had {len(state['vec_env'])} wrappers around its environments, these have {len(layers)}.")
+    for layer, statistics in zip(layers, state["vec_env"], strict=True):
+        vars(layer).update(statistics)
+    if state["envs"] is None:
+        return
+    make_rewindable(env)
+    for i, env_state in enumerate(state["envs"]):
+        env.env_method("set_run_state", env_state, indices=i)
+
+
+def random_state(model: OffPolicyAlgorithm) -> dict[str, Any]:
+    """State of all random generators of a run."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 (the generator SB3 samples with)
+        "torch": th.get_rng_state().numpy(),
+        "cuda": [state.numpy() for state in th.cuda.get_rng_state_all()] if th.cuda.is_available() else [],
+        "action_space": model.action_space.np_random.bit_generator.state,
+    }
+
+
+def set_random_state(model: OffPolicyAlgorithm, state: dict[str, Any]) -> None:
+    """Inverse of :func:`random_state`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    th.set_rng_state(th.from_numpy(state["torch"]))
+    if len(state["cuda"]) == th.cuda.device_count():
+        th.cuda.set_rng_state_all([th.from_numpy(cuda) for cuda in state["cuda"]])
+    model.action_space.np_random.bit_generator.state = state["action_space"]
+
+
+class _BufferPickler(pickle.Pickler):
+    """Pickles a replay buffer without the part of its arrays that is still empty."""
+
+    def __init__(self, file: IO[bytes], buffer: Any) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.n_rows = buffer.buffer_size
+        self.n_filled = buffer.size() + 1  # one more with `optimize_memory_usage`
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is np.ndarray and obj.ndim and len(obj) == self.n_rows > self.n_filled and not obj[self.n_filled :].any():
+            return padded, (obj[: self.n_filled], self.n_rows)
+        return NotImplemented
+
+
+def padded(rows: np.ndarray, n_rows: int) -> np.ndarray:
+    """``rows`` followed by zeros, ``n_rows`` in all."""
+    array = np.zeros((n_rows, *rows.shape[1:]), rows.dtype)
+    array[: len(rows)] = rows
+    return array
+
+
+def read_state(archive: zipfile.ZipFile, member: str, name: str, trusted: bool) -> Any:
+    """Unpickle a member of a checkpoint.
+
+    :param archive: The open archive
+    :param member: Its member
+    :param name: Name of the checkpoint, for errors
+    :param trusted: Read everything, instead of known data types
+    """
+    with archive.open(member) as file:
+        return pickle.load(file) if trusted else safe_pickle.load(file, f"member '{member}' of {name}")
+
+
+def _layers(env: VecEnv) -> list[VecEnvWrapper]:
+    layers = []
+    while isinstance(env, VecEnvWrapper):
+        layers.append(env)
+        env = env.venv
+    return layers
+
+
+def _statistics(layer: VecEnvWrapper) -> dict[str, Any]:
+    """What a wrapper has learned or collected: arrays, moments and frame stacks."""
+
+    def is_data(value: object) -> bool:
+        if isinstance(value, dict):
+            return bool(value) and all(map(is_data, value.values()))
+        return isinstance(value, (np.ndarray, RunningMeanStd, StackedObservations))
+
+    return {name: value for name, value in vars(layer).items() if is_data(value)}
+
+
+def _plain_env_id(env: VecEnv) -> str | None:
+    """Registered name of the environments, where it is all that is needed to make them again."""
+    base = env.unwrapped
+    if not isinstance(base, DummyVecEnv) or any(_statistics(layer) for layer in _layers(env)):
+        return None
+    specs = [inner.spec for inner in base.envs]
+    if any(spec is None or spec.kwargs.keys() - {"render_mode"} or spec.id != specs[0].id for spec in specs):  # type: ignore[union-attr]
+        return None
+    wrappers = {wrapper.name for spec in specs for wrapper in spec.additional_wrappers}  # type: ignore[union-attr]
+    return specs[0].id if wrappers <= {Monitor.__name__, Rewindable.__name__} else None  # type: ignore[union-attr]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return np.array_equal(a, b, equal_nan=np.issubdtype(np.asarray(a).dtype, np.inexact))

@@ -1,0 +1,188 @@
+"""Loading saved models without running code that the file brings, and resuming interrupted runs."""
+
+import contextlib
+import io
+import pathlib
+import zipfile
+from typing import IO, Any, TypeVar
+
+import torch as th
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BaseModel
+from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.utils import get_device
+
+from sb3_rfm import checkpoint, safe_pickle
+
+SelfPersistent = TypeVar("SelfPersistent", bound="PersistentAlgorithm")
+SelfModel = TypeVar("SelfModel", bound="PersistentModel")
+
+FilePath = str | pathlib.Path | io.BufferedIOBase | IO[bytes]
+
+
+class PersistentAlgorithm(OffPolicyAlgorithm):
+    """An off-policy algorithm whose files are read through an allow-list, and whose runs can be resumed exactly.
+
+    What SB3's own ``load`` does instead: it unpickles members of the file with ``cloudpickle``, which runs whatever code the
+    file contains.
+    """
+
+    @classmethod
+    def load(
+        cls: type[SelfPersistent],
+        path: FilePath,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        trusted: bool = False,
+        **kwargs: Any,
+    ) -> SelfPersistent:
+        """Load a saved model; the parameters are those of SB3's ``BaseAlgorithm.load``, and one more.
+
+        :param path: Path of the zip file, or a file-like
+        :param env: The environment to continue on; None for prediction only
+        :param device: Where to put the networks
+        :param custom_objects: Members to use instead of those in the file, which are then not read
+        :param print_system_info: Whether to print on what system the model was saved
+        :param force_reset: Whether to reset the environment before training goes on
+        :param trusted: Read everything, as SB3 does: this runs any code that the file contains
+        :param kwargs: Attributes of the model to replace
+        :raises ~sb3_rfm.safe_pickle.RefusedError: where the file refers to anything but known data types, unless ``trusted``
+        :raises ValueError: where the file is not a saved model
+        """
+        # The content that is checked must be the content that is loaded, whatever happens to the file in between.
+        content = io.BytesIO(_read(path, suffix="zip"))
+        name = str(path) if isinstance(path, (str, pathlib.Path)) else str(getattr(path, "name", "the file"))
+        safe_pickle.check_model(content, name, custom_objects or (), trusted)
+        content.seek(0)
+        return super().load(content, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def load_replay_buffer(self, path: FilePath, truncate_last_traj: bool = True, trusted: bool = False) -> None:
+        """Load a replay buffer; see SB3's ``OffPolicyAlgorithm.load_replay_buffer``.
+
+        :param path: Path of the pickle, or a file-like
+        :param truncate_last_traj: With ``HerReplayBuffer``: whether the last trajectory ends here
+        :param trusted: Read everything, as SB3 does: this runs any code that the file contains
+        :raises ~sb3_rfm.safe_pickle.RefusedError: where the file refers to anything but known data types, unless ``trusted``
+        :raises ValueError: where the file is not a pickle
+        """
+        if trusted:
+            super().load_replay_buffer(path, truncate_last_traj)  # type: ignore[arg-type]
+            return
+        file = open_path(path, "r", verbose=self.verbose, suffix="pkl")  # type: ignore[arg-type]
+        with contextlib.nullcontext(file) if file is path else file:
+            self._set_replay_buffer(safe_pickle.load(file, "replay buffer"), truncate_last_traj)
+
+    def _set_replay_buffer(self, buffer: ReplayBuffer, truncate_last_traj: bool) -> None:
+        """Continue with another replay buffer, as SB3 does after loading one."""
+        if not isinstance(buffer, ReplayBuffer):
+            raise ValueError(f"The file holds a {type(buffer).__name__}, not a replay buffer.")
+        if isinstance(buffer, HerReplayBuffer):
+            if self.env is None:
+                raise ValueError("A HerReplayBuffer needs the environment: pass env=... when loading the model.")
+            buffer.set_env(self.env)
+            if truncate_last_traj:
+                buffer.truncate_last_trajectory()
+        buffer.device = self.device
+        self.replay_buffer = buffer
+
+    @classmethod
+    def resume(
+        cls: type[SelfPersistent],
+        path: str | pathlib.Path,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        trusted: bool = False,
+    ) -> SelfPersistent:
+        """Continue an interrupted run from its checkpoint, exactly as it would have gone on.
+
+        .. code-block:: python
+
+            model = RFM.resume("checkpoints", env=env)
+            model.learn(model.remaining_timesteps, callback=RunCheckpoint(10_000, "checkpoints"), reset_num_timesteps=False)
+
+        :param path: A checkpoint written by :class:`~sb3_rfm.checkpoint.RunCheckpoint`, or a folder: its last checkpoint
+        :param env: The environment, made and wrapped as it was; None where its registered name is enough to make it
+        :param device: Where to put the networks
+        :param custom_objects: Members of the saved model to replace, see :meth:`load`
+        :param trusted: Read everything: this runs any code that the file contains
+        :raises ~sb3_rfm.safe_pickle.RefusedError: where the file refers to anything but known data types, unless ``trusted``
+        :raises ValueError: where the file is not a checkpoint of this class, or the environment is not as it was
+        :raises FileNotFoundError: where there is no checkpoint
+        """
+        path = pathlib.Path(path)
+        if path.is_dir():
+            found = checkpoint.checkpoints(path)
+            if not found:
+                raise FileNotFoundError(f"There is no checkpoint in {path}.")
+            path = found[-1]
+        try:
+            archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is not a checkpoint: it wasn't a zip-file, or it is truncated ({error}).") from error
+        with archive:
+            description = checkpoint.read_description(archive, str(path))
+            if description["algorithm"] != cls.__name__:
+                raise ValueError(f"{path} is a checkpoint of {description['algorithm']}, not of {cls.__name__}.")
+            state = checkpoint.read_state(archive, "state.pkl", str(path), trusted)
+            buffer = checkpoint.read_state(archive, "replay_buffer.pkl", str(path), trusted)
+            model = cls.load(
+                io.BytesIO(archive.read("model.zip")),
+                checkpoint.plain_env(description, str(path)) if env is None else env,
+                device,
+                custom_objects,
+                force_reset=False,
+                trusted=trusted,
+                # What was "auto" was chosen by the length of the whole run, not by what is left of it.
+                execution=description["execution"],
+            )
+        model._set_replay_buffer(buffer, truncate_last_traj=False)
+        vec_env = model.get_env()
+        assert vec_env is not None
+        checkpoint.restore_env(vec_env, state)
+        checkpoint.set_random_state(model, state["random"])
+        return model
+
+    @property
+    def remaining_timesteps(self) -> int:
+        """Environment steps that are left of the last call of ``learn``."""
+        return max(self._total_timesteps - self.num_timesteps, 0)
+
+
+class PersistentModel(BaseModel):
+    """A network with its own ``save`` and ``load``, the latter through the allow-list."""
+
+    @classmethod
+    def load(cls: type[SelfModel], path: str, device: th.device | str = "auto", trusted: bool = False) -> SelfModel:
+        """Load a network from the file that ``save`` wrote.
+
+        :param path: Path of the file
+        :param device: Where to put the network
+        :param trusted: Read everything, as SB3 does: this runs any code that the file contains
+        :raises ~sb3_rfm.safe_pickle.RefusedError: where the file refers to anything but known data types, unless ``trusted``
+        """
+        if trusted:
+            return super().load(path, device)
+        device = get_device(device)
+        safe_pickle.check_torch_file(path)
+        try:
+            saved = th.load(path, map_location=device, weights_only=False, pickle_module=safe_pickle)
+        except safe_pickle.RefusedError as error:
+            raise safe_pickle.RefusedError(safe_pickle.refusal(f"file {path}", str(error))) from None
+        model = cls(**saved["data"])
+        model.load_state_dict(saved["state_dict"])
+        return model.to(device)
+
+
+def _read(path: FilePath, suffix: str) -> bytes:
+    file = open_path(path, "r", suffix=suffix)  # type: ignore[arg-type]
+    if file is path:
+        return file.read()
+    with file:
+        return file.read()

@@ -1,0 +1,182 @@
+"""Reading pickles without running code that the file brings.
+
+A pickle is a program: it may name any function that can be imported, and call it. :class:`AllowListUnpickler` resolves only
+names on a list of data types (spaces, NumPy arrays and generators, Stable-Baselines3's buffers, noises and schedules, the
+classes of ``torch.nn`` and ``torch.optim``, this package's policies and paths) and refuses every other name before anything is
+called. The types on the list do nothing but hold data when they are built.
+
+See https://docs.python.org/3/library/pickle.html#restricting-globals.
+"""
+
+import base64
+import binascii
+import importlib
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Collection
+from typing import IO, Any
+
+NAMES = {
+    "_codecs": {"encode"},  # bytes, in protocol 2
+    "builtins": {
+        "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
+        "slice", "str", "tuple",
+    },
+    "collections": {"OrderedDict", "deque"},
+    "copyreg": {"_reconstructor"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.core.numeric": {"_frombuffer"},
+    "numpy.random._pickle": {"__bit_generator_ctor", "__generator_ctor", "__randomstate_ctor"},
+    "numpy.random.bit_generator": {"SeedSequence", "__pyx_unpickle_SeedSequence"},
+    "sb3_rfm.checkpoint": {"padded"},
+    "stable_baselines3.common.running_mean_std": {"RunningMeanStd"},
+    "stable_baselines3.common.type_aliases": {"TrainFreq", "TrainFrequencyUnit"},
+    "stable_baselines3.common.utils": {"ConstantSchedule", "FloatSchedule", "LinearSchedule"},
+    "stable_baselines3.common.vec_env.stacked_observations": {"StackedObservations"},
+    "stable_baselines3.her.goal_selection_strategy": {"GoalSelectionStrategy"},
+    "stable_baselines3.her.her_replay_buffer": {"HerReplayBuffer"},
+    "torch": {"Size", "device", "dtype"},
+    "torch._utils": {"_rebuild_parameter", "_rebuild_tensor_v2"},
+    "torch.nn.parameter": {"Parameter"},
+}  # fmt: skip
+"""Names that may be resolved, by module."""
+
+CLASSES_OF = (
+    "gymnasium.spaces",
+    "numpy.dtypes",
+    "sb3_rfm.dict_observations",
+    "sb3_rfm.paths",
+    "sb3_rfm.policies",
+    "stable_baselines3.common.buffers",
+    "stable_baselines3.common.noise",
+    "stable_baselines3.common.sb2_compat.rmsprop_tf_like",
+    "stable_baselines3.common.torch_layers",
+    "torch.nn.modules",
+    "torch.optim",
+)
+"""Modules all of whose own classes may be resolved, with the modules inside them."""
+
+BIT_GENERATORS = {"MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"}
+
+
+class RefusedError(ValueError):
+    """A file asks for something that is not on the list."""
+
+
+def resolve(module: str, name: str) -> Any:
+    """What a pickle may refer to as ``module.name``.
+
+    :param module: Module
+    :param name: Name in it
+    :raises RefusedError: for names that are not on the list
+    """
+    # Names that moved: Python 2's builtins (pickle protocol 2), and NumPy's private modules (2.0).
+    module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+    key = module.replace("numpy._core", "numpy.core", 1)
+    if name in NAMES.get(key, ()):
+        return getattr(importlib.import_module(module), name)
+    if key == "numpy" or (key.startswith("numpy.random._") and name in BIT_GENERATORS):
+        value = getattr(importlib.import_module(module), name, None)
+        if isinstance(value, type) and (key != "numpy" or issubclass(value, importlib.import_module("numpy").generic)):
+            return value
+    if key == "torch" and isinstance(value := getattr(importlib.import_module("torch"), name, None), _torch_dtype()):
+        return value
+    if any(module == prefix or module.startswith(f"{prefix}.") for prefix in CLASSES_OF):
+        value = vars(importlib.import_module(module)).get(name)
+        # Only what the module itself defines: its imports are not meant.
+        if isinstance(value, type) and value.__module__ == module:
+            return value
+    raise RefusedError(f"{module}.{name}")
+
+
+def _torch_dtype() -> type:
+    return importlib.import_module("torch").dtype
+
+
+class AllowListUnpickler(pickle.Unpickler):
+    """An unpickler that resolves nothing but :func:`resolve` allows."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return resolve(module, name)
+
+
+Unpickler = AllowListUnpickler
+"""The name under which ``torch.load(pickle_module=...)`` looks for it."""
+
+
+def load(file: IO[bytes], what: str = "file") -> Any:
+    """``pickle.load`` with the allow-list.
+
+    :param file: A binary file
+    :param what: What to call the file in errors
+    :raises RefusedError: where the file refers to anything that is not on the list
+    :raises ValueError: where it is not a pickle
+    """
+    try:
+        return AllowListUnpickler(file).load()
+    except RefusedError as error:
+        raise RefusedError(refusal(what, str(error))) from None
+    except Exception as error:
+        # A broken pickle may fail in any way; which one says nothing to the caller.
+        raise ValueError(f"The {what} cannot be read: it is truncated, damaged or something else ({error}).") from error
+
+
+def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = (), trusted: bool = False) -> None:
+    """Check that a file is a model saved by Stable-Baselines3 and that reading it runs no code of its own.
+
+    :param file: The zip archive
+    :param name: Its name, for errors
+    :param custom_objects: Members that the caller replaces: they are not read
+    :param trusted: Check only that it is a saved model
+    :raises RefusedError: where a member refers to anything that is not on the list
+    :raises ValueError: where the file is not a saved model
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            if "data" not in names or "policy.pth" not in names:
+                raise ValueError(f"{name} is not a saved model: the zip archive has no 'data' and 'policy.pth', but {names}.")
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"{name} is damaged: the checksum of '{damaged}' does not match.")
+            data = json.loads(archive.read("data"))
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{name} is not a saved model: it wasn't a zip-file, or it is truncated ({error}).") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is not a saved model: its 'data' is not JSON ({error}).") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{name} is not a saved model: its 'data' is not a JSON object.")
+    if trusted:
+        return
+    for member, value in data.items():
+        if isinstance(value, dict) and ":serialized:" in value and member not in custom_objects:
+            try:
+                content = base64.b64decode(value[":serialized:"])
+            except (TypeError, binascii.Error) as error:
+                raise ValueError(f"{name} is damaged: its member '{member}' is not base64.") from error
+            load(io.BytesIO(content), f"member '{member}' of {name}")
+
+
+def check_torch_file(path: str) -> None:
+    """Check that a file is what ``torch.save`` writes: an archive of one pickle and tensors.
+
+    :param path: The file
+    :raises ValueError: for anything else; TorchScript, which ``torch.load`` would run, is refused too
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} was not written by torch.save, or it is truncated.")
+    with zipfile.ZipFile(path) as archive:
+        members = {name.rpartition("/")[2] for name in archive.namelist()}
+    if "data.pkl" not in members or "constants.pkl" in members:
+        raise ValueError(f"{path} does not hold a network saved by Stable-Baselines3.")
+
+
+def refusal(what: str, reference: str) -> str:
+    """Text of the error for a reference that is not on the list."""
+    return (
+        f"The {what} refers to {reference}, which is not among the data types that are read without trust. If you know where "
+        "the file comes from, pass trusted=True; members of a saved model may also be replaced by custom_objects."
+    )
