@@ -50,10 +50,6 @@ LATENT_SCALE = 1.0
 TEMPERATURE_FRACTION = 0.05
 """``temperature="auto"``: temperature over the spread of Q between random actions, per root of the action dimension."""
 
-REWARDS_PER_UNIT = 10.0
-"""Mean rewards in one unit of the critics: with a discount of 0.99, values are then at most of order 10."""
-
-
 def log_sech2(u: Tensor) -> Tensor:
     """``log(1 - tanh(u)^2)`` without cancellation."""
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
@@ -134,14 +130,14 @@ class FlowActorCritic(PersistentAlgorithm):
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
         temperature: float | str = "auto",
-        n_candidates: int = 16,
+        n_candidates: int = 8,
         coefficient: Coefficient | None = None,
         path: str | Path = "cond_ot",
         sampler: str = "ode",
         integration_steps: int = 5,
         proposal: str = "replay",
         n_particles: int = 8,
-        n_target_particles: int = 1,
+        n_target_particles: int = 4,
         t_min: float = 0.01,
         max_grad_norm: float | None = None,
         execution: ExecutionMode = "auto",
@@ -439,11 +435,11 @@ class FlowActorCritic(PersistentAlgorithm):
 
     @th.no_grad()
     def _update_reward_scale(self, rewards: Tensor) -> None:
-        """Keep the critics' unit at ``REWARDS_PER_UNIT`` times the mean size of a reward.
+        """Keep the critics' unit at the mean size of a reward: values are of order 1 / (1 - gamma) in it, in any currency.
 
         Batches without any reward do not count: where rewards are sparse, the unit would shrink towards zero.
         """
-        size = REWARDS_PER_UNIT * rewards.abs().mean()
+        size = rewards.abs().mean()
         old = self.critic.scale
         n_batches = self.policy.n_rewarded_batches
         n_batches += size > 0

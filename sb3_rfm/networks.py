@@ -60,13 +60,31 @@ class ConditionalMLP(nn.Module):
             return self.last(self.hidden(h))
         with torch.autocast(h.device.type, torch.bfloat16):
             h = self.hidden(h.bfloat16())
+        return h.float() if isinstance(self.last, nn.Identity) else self.output_layer(self.last[0](h).float())
+
+    def decode_differences(self, encoded: Tensor, x: Tensor) -> Tensor:
+        """Answer many queries about each context in bfloat16, precise to a fraction of the *differences* between answers.
+
+        Rounding a hidden layer costs a fraction of its size, and the context, not the query, makes most of that size. So one
+        query of each context, the mean, is answered in full precision, and what the others add to it, layer by layer,
+        in bfloat16: ``W h = W h_mean + W (h - h_mean)`` with only the last product in low precision.
+
+        :param encoded: Result of :meth:`encode`, (B, H)
+        :param x: Queries, (B, K, D)
+        :return: (B, K, O)
+        """
+        weight = self.first.weight[:, self.context_dim :]
+        centre = x.detach().mean(1, keepdim=True)
+        # Pre-activations of the mean query (B, 1, H), and what each query adds to them (B, K, H).
+        z = encoded.unsqueeze(1) + F.linear(centre, weight)
+        dz = F.linear(x - centre, weight)
+        for activation, layer in zip(self.hidden[0::2], self.hidden[1::2], strict=True):
+            h = activation(z)
+            dh = (activation(z + dz) - h).bfloat16()
+            z, dz = layer(h), F.linear(dh, layer.weight.bfloat16()).float()
         if isinstance(self.last, nn.Identity):
-            return h.float()
-        h, output = self.last[0](h).float(), self.output_layer
-        if output.out_features > 1:
-            return output(h)
-        # A sum of products fuses with what precedes it: the float32 copy of h is never stored.
-        return (h * output.weight).sum(-1, keepdim=True) + output.bias
+            return z + dz
+        return (self.last[0](z + dz).unsqueeze(-2) * self.output_layer.weight).sum(-1) + self.output_layer.bias
 
     def forward(self, context: Tensor, x: Tensor) -> Tensor:
         """``decode(encode(context), x)``."""

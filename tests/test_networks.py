@@ -1,0 +1,70 @@
+"""The conditional MLP against a plain one, and its reduced precision against double precision."""
+
+import pytest
+import torch
+from torch import nn
+
+from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
+
+
+def plain(network: ConditionalMLP) -> nn.Sequential:
+    """The same function as one sequence of layers of ``[context, x]``."""
+    return nn.Sequential(
+        network.first, *network.hidden, *([network.last] if isinstance(network.last, nn.Identity) else network.last)
+    )
+
+
+@pytest.mark.parametrize("net_arch", [[], [32], [32, 16, 8]])
+def test_is_an_mlp_of_context_and_query(net_arch: list[int]) -> None:
+    torch.manual_seed(0)
+    network = ConditionalMLP(5, 3, 2, net_arch, nn.GELU).double()
+    context, x = torch.randn(4, 5).double(), torch.randn(4, 7, 3).double()
+    expected = plain(network)(torch.cat([context[:, None].expand(4, 7, 5), x], dim=-1))
+    torch.testing.assert_close(network.decode(network.encode(context), x), expected)
+    torch.testing.assert_close(network(context, x[:, 0]), expected[:, 0])
+
+
+@pytest.mark.parametrize("net_arch", [[], [64], [256, 256]])
+def test_differences_are_precise_where_values_are_large(net_arch: list[int]) -> None:
+    """Candidates are compared with each other, so what counts is the error of their differences, with and without gradient."""
+    torch.manual_seed(0)
+    network = ConditionalMLP(17, 6, 1, net_arch)
+    # A critic's state makes most of its value.
+    context, x = 10 * torch.randn(16, 17), torch.tanh(torch.randn(16, 12, 6))
+    x.requires_grad_(True)
+    exact = network.double()(context[:, None].double().expand(16, 12, 17).flatten(0, 1), x.double().flatten(0, 1)).view(16, 12)
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), x, retain_graph=True)
+    network.float()
+    encoded = network.encode(context)
+    near = network.decode_differences(encoded, x).squeeze(-1)
+    (gradient,) = torch.autograd.grad(near.sum(), x)
+
+    spread = exact.std(dim=1).mean()
+    assert _noise(near, exact) < 0.005 * spread
+    assert (gradient - exact_gradient).norm() < 0.02 * exact_gradient.norm()
+    if net_arch:
+        assert _noise(near, exact) < 0.2 * _noise(network.decode(encoded, x, reduced=True).squeeze(-1), exact)
+
+
+def _noise(values: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    error = values - exact
+    return (error - error.mean(dim=1, keepdim=True)).std()
+
+
+def test_output_layer_is_what_answers_are_linear_in() -> None:
+    for net_arch in ([], [8]):
+        network = ConditionalMLP(2, 2, 1, net_arch)
+        context, x = torch.randn(3, 2), torch.randn(3, 2)
+        before = network(context, x)
+        with torch.no_grad():
+            network.output_layer.weight.mul_(3)
+            network.output_layer.bias.mul_(3)
+        torch.testing.assert_close(network(context, x), 3 * before)
+
+
+def test_time_embedding_tells_times_apart() -> None:
+    embedding = TimeEmbedding(4)
+    t = torch.linspace(0, 1, 11)
+    assert embedding(t).shape == (11, embedding.dim) == (11, 8)
+    distances = torch.cdist(embedding(t), embedding(t))
+    assert distances[~torch.eye(11, dtype=torch.bool)].min() > 0.3
