@@ -58,15 +58,16 @@ def fit_diagonal(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
 def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, upper: float = 1.0) -> Tensor:
     """The scalar behind ``coefficient="optimal"``: the smallest of three that each err in another way.
 
-    1. The fit with the candidates' weights: right where many candidates count, and noise where one or two do.
-    2. The fit with equal weights, an ordinary regression of ``f`` on ``s`` over all candidates. It is small where the target
-       is far from Gaussian on the scale on which the candidates lie, and there (1) extrapolates from too few of them.
+    1. The fit with the candidates' weights, shrunk: right where many candidates count, and noise where one or two do.
+    2. The fit with equal weights, an ordinary regression of ``f`` on ``s`` over all candidates, shrunk likewise. It is small
+       where the target is far from Gaussian on the scale on which the candidates lie, and there (1) extrapolates.
     3. A bound on the correction's length: the root of the candidates' weighted variance plus the jackknife variance of their
        mean, which is how far from the mean a further draw would be expected. It holds where (1) and (2) agree by
        accident because all candidates lie on one side of the target.
 
-    All three allow the exact coefficient where the target is an isotropic Gaussian, for which one candidate knows as much
-    as all (3 up to the chance that the mean is off by more than that length). The result is within [0, ``upper``] and does not
+    Shrinking multiplies a fit by its squared signal over squared signal plus squared standard error (:func:`_shrink`). All
+    three allow the exact coefficient where the target is an isotropic Gaussian, for which one candidate knows as much as all
+    (3 up to the chance that the mean is off by more than that length). The result is within [0, ``upper``] and does not
     depend on the candidates' order.
 
     :param weights: Normalised weights, (B, K)
@@ -77,14 +78,35 @@ def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, up
     :return: ``c``, (B,)
     """
     equal = valid / valid.sum(1, keepdim=True).clamp(min=1)
-    fitted = torch.minimum(fit_scalar(weights, values, stein), fit_scalar(equal, values, stein)).clamp(0.0, upper)
+    fitted = torch.minimum(_shrink(weights, values, stein, upper), _shrink(equal, values, stein, upper))
 
     distance = (values - weighted_mean(weights, values).unsqueeze(1)).square().sum(-1)
-    left_out = 1 - weights
     # Leaving out candidate k moves the mean by W_k / (1 - W_k) times its distance. At W_k = 1 the distance is zero as well.
-    influence = weights / left_out.clamp(min=torch.finfo(weights.dtype).eps)
+    influence = weights / (1 - weights).clamp(min=torch.finfo(weights.dtype).eps)
     length = ((weights + influence.square()) * distance).sum(1).sqrt()
     return torch.minimum(fitted, length / _positive(weighted_mean(weights, stein).square().sum(-1).sqrt()))
+
+
+def _shrink(weights: Tensor, values: Tensor, stein: Tensor, upper: float) -> Tensor:
+    """:func:`fit_scalar` within [0, upper], shrunk by its own uncertainty.
+
+    A regression with coefficient of determination ``R^2`` and ``nu`` degrees of freedom knows its slope to a relative squared
+    error of ``(1 - R^2) / (R^2 nu)``; the slope of least expected squared error is the fitted one over one plus that. The
+    candidates enter by ``W^2``, so their number is the effective one of squared weights. A quarter of the
+    degrees of freedom is counted, because errors are larger than those of a linear model with independent residuals.
+    """
+    squared = weights.square()
+    values = values - weighted_mean(weights, values).unsqueeze(1)
+    stein = stein - weighted_mean(weights, stein).unsqueeze(1)
+    covariance = (squared * (values * stein).sum(-1)).sum(1)
+    variance = (squared * stein.square().sum(-1)).sum(1)
+    # The ratio of one root at a time: the product of both variances may overflow.
+    correlation = _ratio(covariance, variance.sqrt()) / _positive((squared * values.square().sum(-1)).sum(1)).sqrt()
+    determination = correlation.square().clamp(max=1)
+    n_effective = squared.sum(1).square() / _positive(squared.square().sum(1))
+    freedom = 0.25 * values.shape[-1] * (n_effective - 1).clamp(min=1e-3)
+    shrinkage = determination / _positive(determination + (1 - determination) / freedom)
+    return shrinkage * _ratio(-covariance, variance).clamp(0.0, upper)
 
 
 def _second_moments(weights: Tensor, values: Tensor, stein: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,509 @@
+"""The posterior-mean estimator against closed forms, quadrature and torch.distributions.
+
+Algebra is checked in float64 to rounding; Monte Carlo by z-scores, |z| < 4.5, at fixed seeds.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, Normal, StudentT
+
+from sb3_rfm.candidates import Candidates
+from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, weighted_mean
+from sb3_rfm.monte_carlo import MCMC, SMC
+from sb3_rfm.paths import PATHS, get_path
+from sb3_rfm.posterior import PosteriorMean, PosteriorMeanEstimator, ReverseFlowMatchingLoss
+
+LogProb = Callable[[Tensor], Tensor]
+COEFFICIENTS: list[str | float] = [0.0, 1.0, "optimal", "scalar", "diagonal"]
+METHODS = ["snis", "mcmc", "smc"]
+
+
+def gaussian(precision: float, mean: float) -> LogProb:
+    return lambda x: -0.5 * precision * (x - mean).square().sum(-1)
+
+
+def times(t: float, n: int) -> Tensor:
+    return torch.full((n,), t, dtype=torch.float64)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class Mixture:
+    """A Gaussian mixture and its posterior means in closed form (Gaussian source)."""
+
+    def __init__(self, weights: Tensor, means: Tensor, stds: Tensor) -> None:
+        self.weights, self.means, self.stds = weights.double(), means.double(), stds.double()
+        scale = self.stds[:, None].expand_as(self.means)
+        self.distribution = MixtureSameFamily(Categorical(self.weights), Independent(Normal(self.means, scale), 1))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.distribution.log_prob(x)
+
+    def data_mean(self, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
+        variance = alpha**2 * self.stds**2 + sigma**2
+        offset = x_t[:, None] - alpha * self.means
+        log_density = self.weights.log() - 0.5 * offset.square().sum(-1) / variance - 0.5 * x_t.shape[1] * variance.log()
+        component = self.means + (alpha * self.stds**2 / variance)[:, None] * offset
+        return weighted_mean(torch.softmax(log_density, 1), component)
+
+
+MIXTURE = Mixture(
+    torch.tensor([0.5, 0.2, 0.3]),
+    torch.tensor([[-1.5, 0.5], [1.0, 1.0], [0.5, -1.5]]),
+    torch.tensor([0.4, 0.7, 0.5]),
+)
+
+
+def z_scores(errors: Tensor) -> Tensor:
+    """Mean over standard error, in each dimension: (N, D) → (D,)."""
+    return errors.mean(0) / (errors.std(0) / math.sqrt(len(errors)))
+
+
+# Closed forms
+
+
+@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("coefficient", ["exact", "scalar", "diagonal"])
+def test_gaussian_targets_leave_no_variance(name: str, coefficient: str) -> None:
+    """THEORY: with Lambda = 1 / (1 + kappa sigma^2 / alpha^2) every candidate gives the posterior mean; the fits find it."""
+    path, precision, mean = get_path(name), 2.3, 0.7
+    x_t, t = normal(6, 3), times(0.8, 6)
+    alpha, sigma = float(path.alpha(t[0])), float(path.sigma(t[0]))
+    exact = 1 / (1 + precision * sigma**2 / alpha**2)
+    estimator = PosteriorMeanEstimator(path, 2, exact if coefficient == "exact" else coefficient)
+    result = estimator(gaussian(precision, mean), x_t, t, torch.Generator().manual_seed(1))
+    posterior_precision = precision + alpha**2 / sigma**2
+    expected = (precision * mean + alpha * x_t / sigma**2) / posterior_precision
+    torch.testing.assert_close(result.x1, expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(result.coefficient, torch.full_like(x_t, exact), rtol=1e-7, atol=1e-9)
+
+
+def test_the_optimal_coefficient_is_exact_on_gaussians_with_enough_candidates() -> None:
+    estimator = PosteriorMeanEstimator("cond_ot", 64, coefficient="optimal")
+    x_t, t = normal(50, 3), times(0.8, 50)
+    result = estimator(gaussian(2.0, 0.5), x_t, t, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(result.coefficient, torch.full_like(x_t, 1 / (1 + 2.0 * (0.2 / 0.8) ** 2)), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_chains_and_particles_are_exact_on_gaussians_too(method: str) -> None:
+    estimator = PosteriorMeanEstimator("cosine", 4, "scalar", method=method)
+    x_t, t = normal(5, 2), times(0.4, 5)
+    result = estimator(gaussian(3.0, -0.5), x_t, t, torch.Generator().manual_seed(1))
+    path = get_path("cosine")
+    alpha, sigma = float(path.alpha(t[0])), float(path.sigma(t[0]))
+    expected = (3.0 * -0.5 + alpha * x_t / sigma**2) / (3.0 + alpha**2 / sigma**2)
+    torch.testing.assert_close(result.x1, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("coefficient", [0.0, 1.0, "optimal", (0.3, 0.8), "scalar", "diagonal"], ids=str)
+def test_all_coefficients_share_the_closed_form_expectation(name: str, coefficient: object) -> None:
+    path = get_path(name)
+    t_value = 0.8 if name == "linear_vp" else 0.6
+    x_t = torch.tensor([[0.3, -0.4]], dtype=torch.float64).expand(200, 2)
+    t = times(t_value, 200)
+    alpha, sigma = float(path.alpha(t[0])), float(path.sigma(t[0]))
+    truth = MIXTURE.data_mean(x_t[:1], alpha, sigma)
+    estimator = PosteriorMeanEstimator(path, 1000, coefficient)  # type: ignore[arg-type]
+    result = estimator(MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(2))
+    assert (z_scores(result.x1 - truth).abs() < 4.5).all()
+
+
+@pytest.mark.parametrize(
+    "method", [MCMC(n_steps=80), MCMC(n_steps=40, n_leapfrog=5), SMC(n_moves=8)], ids=["mala", "hmc", "smc"]
+)
+@pytest.mark.parametrize("coefficient", [0.0, 1.0, "optimal"])
+def test_chains_and_particles_share_it_as_well(method: MCMC | SMC, coefficient: str | float) -> None:
+    x_t, t = torch.tensor([[0.3, -0.4]], dtype=torch.float64).expand(60, 2), times(0.6, 60)
+    truth = MIXTURE.data_mean(x_t[:1], 0.6, 0.4)
+    estimator = PosteriorMeanEstimator("cond_ot", 64, coefficient, method=method)
+    result = estimator(MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(3))
+    assert (z_scores(result.x1 - truth).abs() < 4.5).all()
+    assert (result.x1 - truth).square().mean() < 0.01
+    assert ((result.ess >= 1) & (result.ess <= 64 * 40)).all()
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"data_scale": 1.0}, {"data_scale": 2.0}, {"points": "antithetic"}, {"points": "sobol"}], ids=str
+)
+def test_all_candidates_share_it_as_well(kwargs: dict[str, object]) -> None:
+    x_t, t = torch.tensor([[0.3, -0.4]], dtype=torch.float64).expand(200, 2), times(0.5, 200)
+    truth = MIXTURE.data_mean(x_t[:1], 0.5, 0.5)
+    estimator = PosteriorMeanEstimator("cond_ot", 1000, 0.0, **kwargs)  # type: ignore[arg-type]
+    result = estimator(MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(2))
+    assert (z_scores(result.x1 - truth).abs() < 4.5).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+@pytest.mark.parametrize("spread", [0.3, 1.0])
+def test_a_guess_good_or_bad_moves_no_expectation(offset: float, spread: float) -> None:
+    x_t, t = torch.tensor([[0.3, -0.4]], dtype=torch.float64).expand(200, 2), times(0.3, 200)
+    truth = MIXTURE.data_mean(x_t[:1], 0.3, 0.7)
+    estimator = PosteriorMeanEstimator("cond_ot", 1500, 0.0, data_scale=1.0, guess_spread=spread)
+    result = estimator(MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(2), guess=(truth + offset).expand(200, 2))
+    assert (z_scores(result.x1 - truth).abs() < 4.5).all()
+
+
+def test_localised_candidates_find_what_the_source_misses() -> None:
+    narrow = Mixture(torch.ones(1), torch.tensor([[0.3, -0.5, 0.8, 0.1]]), torch.tensor([0.1]))
+    x_t = 0.1 * narrow.means + 0.9 * normal(100, 4)
+    t = times(0.1, 100)
+    truth = narrow.data_mean(x_t, 0.1, 0.9)
+
+    def error(data_scale: float | None, guess: Tensor | None) -> float:
+        estimator = PosteriorMeanEstimator("cond_ot", 16, 0.0, data_scale=data_scale, guess_spread=0.3)
+        result = estimator(narrow.log_prob, x_t, t, torch.Generator().manual_seed(0), guess)
+        return float((result.x1 - truth).square().sum(-1).mean())
+
+    assert error(1.0, None) < 0.1 * error(None, None)
+    assert error(1.0, truth + 0.1 * normal(100, 4, seed=1)) < 0.5 * error(1.0, None)
+
+
+# Sources that are not Gaussian: quadrature in one dimension
+
+SOURCES = {
+    "laplace": Laplace(0.0, 1.0),
+    "student": StudentT(5.0),
+    "mixture": MixtureSameFamily(Categorical(torch.ones(2)), Normal(torch.tensor([-1.0, 1.5]), torch.tensor([0.6, 0.9]))),
+}
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES))
+@pytest.mark.parametrize("coefficient", [0.0, 1.0, "optimal"])
+@pytest.mark.parametrize("t_value", [0.3, 0.7])
+def test_any_source_by_quadrature(source: str, coefficient: str | float, t_value: float) -> None:
+    """Mean of the noise, and the score of the path as the numerical derivative of its log-density (reverse score matching)."""
+    p0, alpha, sigma = SOURCES[source], t_value, 1 - t_value
+
+    def log_p1(x: Tensor) -> Tensor:
+        return -(x**4) / 4 + x**2 + 0.3 * x
+
+    grid = torch.linspace(-14, 14, 40_001, dtype=torch.float64)
+
+    def moments(x_t: float) -> tuple[Tensor, Tensor]:
+        log_q = p0.log_prob(grid) + log_p1((x_t - sigma * grid) / alpha)
+        return log_q.logsumexp(0), (torch.softmax(log_q, 0) * grid).sum()
+
+    h, at = 1e-4, 0.4
+    score = (moments(at + h)[0] - moments(at - h)[0]) / (2 * h)
+    x_t, t = torch.full((150, 1), at, dtype=torch.float64), times(t_value, 150)
+    estimator = PosteriorMeanEstimator("cond_ot", 1500, coefficient, source=p0)
+    result = estimator(lambda x: log_p1(x).sum(-1), x_t, t, torch.Generator().manual_seed(4))
+    assert z_scores(result.x0 - moments(at)[1]).abs() < 4.5
+    assert z_scores(result.score - score).abs() < 4.5
+    assert (result.x0 - moments(at)[1]).abs().mean() < 0.2
+
+
+def test_the_best_combination_of_scores_beats_both() -> None:
+    """Reverse score matching: c = 0 is E[grad log p0] / sigma, c = 1 is E[grad log p1] / alpha."""
+    log_prob = gaussian(1.0, 0.5)
+    x_t, t = normal(400, 2), times(0.5, 400)
+    errors = {}
+    reference = PosteriorMeanEstimator("cond_ot", 4000, "scalar", source=Laplace(0.0, 1.0))
+    truth = reference(log_prob, x_t, t, torch.Generator().manual_seed(9)).score
+    for coefficient in (0.0, 1.0, "optimal"):
+        estimator = PosteriorMeanEstimator("cond_ot", 64, coefficient, source=Laplace(0.0, 1.0))
+        result = estimator(log_prob, x_t, t, torch.Generator().manual_seed(5))
+        errors[coefficient] = float((result.score - truth).square().sum(-1).mean())
+    assert errors["optimal"] < 0.9 * min(errors[0.0], errors[1.0])
+
+
+# Laws
+
+
+@pytest.fixture
+def problem() -> tuple[Tensor, Tensor, Candidates]:
+    x_t, t = normal(5, 2), torch.linspace(0.2, 0.9, 5, dtype=torch.float64)
+    estimator = PosteriorMeanEstimator("cosine", 9, data_scale=1.0)
+    return x_t, t, estimator.draw(x_t, t, torch.Generator().manual_seed(0), guess=torch.zeros_like(x_t))
+
+
+def assert_same(a: PosteriorMean, b: PosteriorMean, tolerance: float = 1e-9) -> None:
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_the_order_of_candidates_means_nothing(problem: tuple[Tensor, Tensor, Candidates], coefficient: str | float) -> None:
+    x_t, t, candidates = problem
+    estimator = PosteriorMeanEstimator("cosine", 9, coefficient)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
+    assert candidates.log_ratio is not None
+    permuted = Candidates(candidates.x_0[:, order], candidates.log_ratio[:, order])
+    assert_same(
+        estimator.estimate(MIXTURE.log_prob, x_t, t, candidates), estimator.estimate(MIXTURE.log_prob, x_t, t, permuted)
+    )
+
+
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_the_normalising_constant_means_nothing(problem: tuple[Tensor, Tensor, Candidates], coefficient: str | float) -> None:
+    x_t, t, candidates = problem
+    estimator = PosteriorMeanEstimator("cosine", 9, coefficient)
+    shifted = estimator.estimate(lambda x: MIXTURE.log_prob(x) + 123.4, x_t, t, candidates)
+    assert_same(estimator.estimate(MIXTURE.log_prob, x_t, t, candidates), shifted)
+
+
+@pytest.mark.parametrize("name", sorted(PATHS))
+def test_the_four_parametrisations_tell_the_same(name: str) -> None:
+    x_t, t = normal(5, 2), torch.linspace(0.3, 0.9, 5, dtype=torch.float64)
+    estimator = PosteriorMeanEstimator(name, 8)
+    result = estimator(MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(0))
+    path = estimator.path
+    for source, value in (("velocity", result.velocity), ("noise", result.x0), ("data", result.x1), ("score", result.score)):
+        for target, expected in (("velocity", result.velocity), ("data", result.x1)):
+            converted = path.convert(value, x_t, t, source=source, target=target)  # type: ignore[arg-type]
+            torch.testing.assert_close(converted, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_batches_are_made_of_independent_rows(problem: tuple[Tensor, Tensor, Candidates]) -> None:
+    x_t, t, candidates = problem
+    estimator = PosteriorMeanEstimator("cosine", 9)
+    whole = estimator.estimate(MIXTURE.log_prob, x_t, t, candidates)
+    assert candidates.log_ratio is not None
+    one = estimator.estimate(MIXTURE.log_prob, x_t[2:3], t[2:3], Candidates(candidates.x_0[2:3], candidates.log_ratio[2:3]))
+    torch.testing.assert_close(one.velocity[0], whole.velocity[2])
+
+
+def test_generators_decide_everything() -> None:
+    x_t, t = normal(3, 2), times(0.4, 3)
+    for kwargs in ({}, {"points": "sobol"}, {"points": "antithetic"}, {"method": "mcmc"}, {"method": "smc"}):
+        estimator = PosteriorMeanEstimator(n_candidates=8, **kwargs)  # type: ignore[arg-type]
+        a, b, c = (estimator(MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(s)).x1 for s in (1, 1, 2))
+        assert torch.equal(a, b) and not torch.equal(a, c), kwargs
+
+
+def test_one_candidate_is_an_estimate_of_itself() -> None:
+    x_t, t = normal(3, 2), times(0.4, 3)
+    for coefficient in ("optimal", "scalar", "diagonal", 0.0):
+        result = PosteriorMeanEstimator(n_candidates=1, coefficient=coefficient)(MIXTURE.log_prob, x_t, t)
+        assert torch.isfinite(result.velocity).all()
+        assert (result.coefficient == 0).all() and (result.ess == 1).all()
+
+
+def test_antithetic_and_sobol_candidates_are_spread_evenly() -> None:
+    x_t, t = normal(4, 3), times(0.4, 4)
+    antithetic = PosteriorMeanEstimator(n_candidates=8, points="antithetic").draw(x_t, t).x_0
+    torch.testing.assert_close(antithetic.mean(1), torch.zeros_like(x_t), rtol=0, atol=1e-12)
+    sobol = PosteriorMeanEstimator(n_candidates=64, points="sobol").draw(x_t, t).x_0
+    assert sobol.mean(1).abs().max() < 0.1  # 64 independent draws have a standard error of 0.125
+    assert not torch.allclose(sobol[0], sobol[1])
+
+
+# The rule behind coefficient="optimal"
+
+
+def test_fits_minimise_the_variance_they_claim_to() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.softmax(torch.randn(4, 12, dtype=torch.float64, generator=generator), 1)
+    values, stein = torch.randn(2, 4, 12, 3, dtype=torch.float64, generator=generator)
+
+    def variance(c: Tensor) -> Tensor:
+        corrected = values + c[:, None] * stein
+        deviation = corrected - weighted_mean(weights, corrected)[:, None]
+        return (weights.square()[..., None] * deviation.square()).sum()
+
+    for fit in (fit_scalar(weights, values, stein)[:, None].expand(4, 3), fit_diagonal(weights, values, stein)):
+        c = fit.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(variance(c), c)
+        torch.testing.assert_close(
+            gradient.sum() if fit.stride(1) == 0 else gradient, torch.zeros_like(gradient.sum() if fit.stride(1) == 0 else c)
+        )
+
+
+def test_the_robust_fit_is_bounded_and_its_correction_no_longer_than_the_spread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.softmax(5 * torch.randn(500, 12, dtype=torch.float64, generator=generator), 1)
+    values = torch.randn(500, 12, 3, dtype=torch.float64, generator=generator)
+    stein = 40 - values  # a log-linear density: every fit says 1, and the mean of the scores says that all weights are wrong
+    valid = torch.ones_like(weights, dtype=torch.bool)
+    assert (fit_scalar(weights, values, stein) > 1 - 1e-6).all()
+    c = fit_robust(weights, values, stein, valid)
+    assert ((c >= 0) & (c <= 0.2)).all()
+    assert (c * weighted_mean(weights, stein).norm(dim=-1) < 12).all()
+
+
+def saturating(u: Tensor) -> Tensor:
+    """A wavy Q in a tanh latent, (B, K, 1) → (B, K); log sech^2 is linear in the tails."""
+    a = torch.tanh(u)
+    return (3 * torch.sin(2 * a) + 2 * (math.log(2) - u - torch.nn.functional.softplus(-2 * u))).sum(-1)
+
+
+def rings(x: Tensor) -> Tensor:
+    """Two crescents, (B, K, 2) → (B, K)."""
+    radius = x.norm(dim=-1)
+    sides = torch.stack([-0.5 * ((x[..., 0] - s) / 0.3) ** 2 for s in (-2.0, 2.0)])
+    return -0.5 * ((radius - 2) / 0.2) ** 2 + sides.logsumexp(0)
+
+
+@pytest.mark.parametrize(("log_prob", "dim"), [(saturating, 1), (rings, 2)], ids=["tanh latent", "crescents"])
+@pytest.mark.parametrize("t_value", [0.02, 0.1, 0.3, 0.5, 0.7, 0.9])
+def test_optimal_is_never_worse_than_the_better_of_noise_and_gradient(log_prob: LogProb, dim: int, t_value: float) -> None:
+    """Mean squared error against quadrature, K = 16, at most 5 % above (errors below a thousandth of E|v|^2 are equal)."""
+    axis = torch.linspace(-7, 7, 3001 if dim == 1 else 141, dtype=torch.float64)
+    grid = axis[:, None] if dim == 1 else torch.cartesian_prod(axis, axis)
+    log_p1 = log_prob(grid[None])[0]
+    generator = torch.Generator().manual_seed(6)
+    n, t = 1500, t_value
+    x_1 = grid[torch.multinomial(log_p1.exp(), n, replacement=True, generator=generator)]
+    x_t = t * x_1 + (1 - t) * torch.randn(n, dim, dtype=torch.float64, generator=generator)
+    weights = torch.softmax(log_p1 - 0.5 * torch.cdist(x_t, t * grid).square() / (1 - t) ** 2, 1)
+    velocity = (weights @ grid - x_t) / (1 - t)
+    error = {}
+    for coefficient in (0.0, 1.0, "optimal"):
+        estimator = PosteriorMeanEstimator("cond_ot", 16, coefficient)
+        result = estimator(log_prob, x_t, times(t, n), torch.Generator().manual_seed(7))
+        mse = (result.velocity - velocity).square().sum(-1).mean()
+        error[coefficient] = float(mse.clamp(min=1e-3 * velocity.square().sum(-1).mean()))
+    assert error["optimal"] <= 1.05 * min(error[0.0], error[1.0]), error
+
+
+# Execution
+
+
+def test_no_gradient_is_taken_for_coefficient_zero() -> None:
+    result = PosteriorMeanEstimator(coefficient=0)(lambda x: (x.detach() > 0).double().sum(-1), normal(3, 2), times(0.5, 3))
+    assert torch.isfinite(result.velocity).all()
+    assert not PosteriorMeanEstimator(coefficient=0).needs_gradient
+    assert PosteriorMeanEstimator(coefficient=0, method="mcmc").needs_gradient
+
+
+def test_no_gradient_reaches_parameters() -> None:
+    scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    result = PosteriorMeanEstimator()(lambda x: -(scale * x).square().sum(-1), normal(3, 2), times(0.5, 3))
+    assert not result.velocity.requires_grad and scale.grad is None
+
+
+def test_the_hot_path_compiles_into_one_graph() -> None:
+    import torch._dynamo as dynamo
+
+    estimator = PosteriorMeanEstimator("cond_ot", 8, data_scale=1.0)
+    x_t, t = normal(4, 2), times(0.5, 4)
+    candidates = estimator.draw(x_t, t, torch.Generator().manual_seed(0), guess=torch.zeros_like(x_t))
+
+    def estimate(x_t: Tensor, t: Tensor, x_0: Tensor, log_ratio: Tensor) -> PosteriorMean:
+        return estimator.estimate(gaussian(2.0, 0.5), x_t, t, Candidates(x_0, log_ratio))
+
+    assert candidates.log_ratio is not None
+    with dynamo.config.patch(trace_autograd_ops=True):
+        compiled = torch.compile(estimate, fullgraph=True, backend="aot_eager")
+        result = compiled(x_t, t, *candidates)
+    assert_same(result, estimator.estimate(gaussian(2.0, 0.5), x_t, t, candidates))
+
+
+# The loss
+
+
+def test_the_loss_is_the_squared_error_to_the_estimate() -> None:
+    estimator = PosteriorMeanEstimator(n_candidates=8)
+    model = torch.nn.Linear(2, 2).double()
+    x_t, t = normal(6, 2), times(0.5, 6)
+    for parametrisation, field in (("velocity", "velocity"), ("data", "x1"), ("noise", "x0"), ("score", "score")):
+        loss_fn = ReverseFlowMatchingLoss(estimator, parametrisation)  # type: ignore[arg-type]
+        loss, result = loss_fn(lambda x, t: model(x), MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(1))
+        expected = (model(x_t) - getattr(result, field)).square().sum(1).mean()
+        torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert model.weight.grad is not None
+    with pytest.raises(ValueError, match="'flow'"):
+        ReverseFlowMatchingLoss(estimator, "flow")  # type: ignore[arg-type]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan, math.inf])
+@pytest.mark.parametrize("coefficient", COEFFICIENTS)
+def test_candidates_without_finite_density_count_for_nothing(value: float, coefficient: str | float) -> None:
+    x_t, t = normal(5, 2), times(0.6, 5)
+    estimator = PosteriorMeanEstimator(n_candidates=9, coefficient=coefficient)
+    x_0 = estimator.draw(x_t, t, torch.Generator().manual_seed(0)).x_0
+    broken = torch.zeros(5, 9, dtype=torch.bool)
+    broken[:, [2, 7]] = True
+    some = estimator.estimate(lambda x: MIXTURE.log_prob(x).masked_fill(broken, value), x_t, t, Candidates(x_0, None))
+    kept = Candidates(x_0[:, [0, 1, 3, 4, 5, 6, 8]], None)
+    assert_same(some, estimator.estimate(MIXTURE.log_prob, x_t, t, kept))
+
+
+def test_candidates_without_finite_gradient_count_for_nothing() -> None:
+    def log_prob(x: Tensor) -> Tensor:  # finite everywhere, with an infinite gradient at candidates that are cut to 0
+        return MIXTURE.log_prob(x) - torch.where(x[..., 0] > 0, x[..., 0], 0 * x[..., 0]).sqrt()
+
+    x_t = normal(5, 2).abs() + 0.3
+    result = PosteriorMeanEstimator(n_candidates=32)(log_prob, x_t, times(0.6, 5), torch.Generator().manual_seed(0))
+    assert torch.isfinite(result.velocity).all() and (result.ess < 31).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_without_any_finite_density_is_an_error(method: str) -> None:
+    def log_prob(x: Tensor) -> Tensor:
+        log_p = MIXTURE.log_prob(x)
+        return torch.where(torch.arange(4)[:, None] == 2, torch.nan, log_p)
+
+    estimator = PosteriorMeanEstimator(n_candidates=8, method=method)
+    with pytest.raises(ValueError, match=r"not finite at any of the 8 candidates of rows \[2\]"):
+        estimator(log_prob, normal(4, 2), times(0.5, 4))
+
+
+@pytest.mark.parametrize("coefficient", ["optimal", "scalar", "diagonal"])
+def test_enormous_densities_and_gradients_stay_finite(coefficient: str) -> None:
+    x_t, t = normal(20, 3).float(), torch.full((20,), 0.01)
+    for scale in (1e6, 1e15):
+        result = PosteriorMeanEstimator(n_candidates=16, coefficient=coefficient)(gaussian(scale, 0.0), x_t, t)
+        assert torch.isfinite(result.velocity).all() and torch.isfinite(result.coefficient).all()
+
+
+def test_shapes_are_checked_and_named() -> None:
+    estimator = PosteriorMeanEstimator(n_candidates=8)
+    x_t, t = normal(4, 2), times(0.5, 4)
+    with pytest.raises(ValueError, match=r"x_t must have shape \(B, D\), got \(4, 2, 1\)"):
+        estimator(MIXTURE.log_prob, x_t[..., None], t)
+    with pytest.raises(ValueError, match=r"\(B,\) = \(4,\).*got \(3,\)"):
+        estimator(MIXTURE.log_prob, x_t, t[:3])
+    with pytest.raises(ValueError, match=r"\(4, 2\), got \(4, 3\)"):
+        estimator(MIXTURE.log_prob, x_t, t, guess=torch.zeros(4, 3))
+    with pytest.raises(ValueError, match=r"given \(4, 8, 2\) it returned \(4, 8, 2\)"):
+        estimator(lambda x: -(x**2), x_t, t)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        estimator(MIXTURE.log_prob, x_t, torch.tensor([0.5, 0.5, 1.0, 0.5]))
+    with pytest.raises(ValueError, match="3 entries, but x_t has dimension 2"):
+        PosteriorMeanEstimator(coefficient=(0.1, 0.2, 0.3))(MIXTURE.log_prob, x_t, t)
+    with pytest.raises(ValueError, match="guess must be None"):
+        PosteriorMeanEstimator(method="smc")(MIXTURE.log_prob, x_t, t, guess=x_t)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"n_candidates": 0}, "n_candidates.*got 0"),
+        ({"n_candidates": 1.5}, "n_candidates.*got 1.5"),
+        ({"coefficient": "best"}, "'best'"),
+        ({"coefficient": math.nan}, "finite"),
+        ({"coefficient": ()}, "finite"),
+        ({"coefficient": None}, "None"),
+        ({"data_scale": -1.0}, "data_scale.*-1"),
+        ({"guess_spread": 0.0}, "guess_spread.*0"),
+        ({"points": "halton"}, "'halton'"),
+        ({"method": "gibbs"}, "'gibbs'"),
+        ({"method": "smc", "data_scale": 1.0}, "data_scale must be None"),
+        ({"path": "straight"}, "'straight'"),
+        ({"source": "laplace"}, "'laplace'"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked_and_named(kwargs: dict[str, object], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        PosteriorMeanEstimator(**kwargs)  # type: ignore[arg-type]
+
+
+def test_lengths_of_chains_are_checked() -> None:
+    with pytest.raises(ValueError, match="n_steps"):
+        MCMC(n_steps=1)
+    with pytest.raises(ValueError, match="n_moves"):
+        SMC(n_moves=0)

@@ -1,0 +1,92 @@
+"""Sources: scores against finite differences, quantiles, seeding, and errors."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import (
+    Categorical,
+    Independent,
+    Laplace,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    StudentT,
+)
+
+from sb3_rfm.sources import DistributionSource, GaussianSource, Source, get_source
+
+MIXTURE = MixtureSameFamily(Categorical(torch.tensor([0.3, 0.7])), Normal(torch.tensor([-2.0, 1.0]), torch.tensor([0.5, 1.0])))
+CORRELATED = MultivariateNormal(torch.zeros(2).double(), torch.tensor([[2.0, 0.6], [0.6, 1.0]]).double())
+SOURCES: list[Source] = [
+    GaussianSource(),
+    DistributionSource(Laplace(0.0, 1.0)),
+    DistributionSource(StudentT(4.0)),
+    DistributionSource(MIXTURE),
+    DistributionSource(CORRELATED),
+    DistributionSource(Independent(Laplace(torch.zeros(2), torch.tensor([1.0, 3.0])), 1)),
+]
+NAMES = ["gaussian", "laplace", "student", "mixture", "correlated", "independent"]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+def test_the_score_is_the_gradient_of_the_log_density(source: Source) -> None:
+    x = torch.tensor([[0.3, -1.2], [2.0, 0.7]], dtype=torch.float64)
+    h = 1e-5
+    expected = torch.stack(
+        [(source.log_prob(x + h * e) - source.log_prob(x - h * e)) / (2 * h) for e in torch.eye(2, dtype=torch.float64)], -1
+    )
+    torch.testing.assert_close(source.score(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+def test_stein_identity_holds_for_the_samples(source: Source) -> None:
+    """E[score] = 0 and E[x . score] = -D: ties samples, density and score together."""
+    generator = torch.Generator().manual_seed(0)
+    x = source.sample((200_000, 2), torch.zeros(1, dtype=torch.float64), generator)
+    score = source.score(x)
+    for values, mean in ((score[:, 0], 0.0), ((x * score).sum(-1), -2.0)):
+        z = (values.mean() - mean) / (values.std() / math.sqrt(len(values)))
+        assert abs(z) < 4.5
+
+
+def test_the_gaussian_agrees_with_torch_distributions() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(GaussianSource().log_prob(x), Normal(0.0, 1.0).log_prob(x).sum(-1))
+
+
+@pytest.mark.parametrize("source", [SOURCES[0], SOURCES[1]], ids=["gaussian", "laplace"])
+def test_quantiles(source: Source) -> None:
+    u = torch.tensor([[0.1, 0.5, 0.8]], dtype=torch.float64)
+    x = source.from_uniform(u)
+    assert abs(float(x[0, 1])) < 1e-12
+    torch.testing.assert_close(source.opposite(x), source.from_uniform(1 - u))
+
+
+def test_samples_follow_the_generator_and_leave_the_global_one_alone() -> None:
+    source = DistributionSource(Laplace(0.0, 1.0))
+    like = torch.zeros(1)
+    before = torch.random.get_rng_state()
+    a = source.sample((4, 2), like, torch.Generator().manual_seed(3))
+    b = source.sample((4, 2), like, torch.Generator().manual_seed(3))
+    c = source.sample((4, 2), like, torch.Generator().manual_seed(4))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_variance_is_that_of_one_dimension() -> None:
+    assert DistributionSource(Laplace(0.0, 2.0)).variance == pytest.approx(8.0)
+    assert DistributionSource(StudentT(1.5)).variance == 1.0  # it has none
+
+
+def test_bad_sources_are_named() -> None:
+    with pytest.raises(ValueError, match="'uniform'"):
+        get_source("uniform")
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        get_source(Normal(torch.zeros(2, 3), 1.0))
+    with pytest.raises(ValueError, match="dimension 2"):
+        DistributionSource(CORRELATED).sample((4, 3), torch.zeros(1))
+    with pytest.raises(ValueError, match="quantile"):
+        DistributionSource(CORRELATED).opposite(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="StudentT"):
+        DistributionSource(StudentT(3.0)).from_uniform(torch.full((1, 2), 0.5))
