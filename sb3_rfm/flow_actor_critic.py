@@ -47,7 +47,7 @@ SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
 LATENT_SCALE = 1.0
 """Spread of latents under a uniform action: the density sech^2 has standard deviation pi / sqrt(12) = 0.91."""
 
-TEMPERATURE_FRACTION = 0.05
+TEMPERATURE_FRACTION = 0.2
 """``temperature="auto"``: temperature over the spread of Q between random actions, per root of the action dimension."""
 
 def log_sech2(u: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class FlowActorCritic(PersistentAlgorithm):
     :param replay_buffer_kwargs: Its keyword arguments
     :param optimize_memory_usage: See SB3's ``ReplayBuffer``
     :param n_steps: Steps of the n-step return
-    :param temperature: λ of the target ``exp(Q / λ)``, in units of the reward; or ``"auto"``: 0.05 times the standard
+    :param temperature: λ of the target ``exp(Q / λ)``, in units of the reward; or ``"auto"``: 0.2 times the standard
         deviation of Q between random actions over the root of the action dimension, which makes learning independent of
         the reward's scale
     :param n_candidates: Candidates K at which Q (and its gradient) is evaluated for each ``x_t``
@@ -116,7 +116,7 @@ class FlowActorCritic(PersistentAlgorithm):
         self,
         policy: str | type[FlowPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule = 1e-3,
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
         batch_size: int = 256,
@@ -223,6 +223,7 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
+        _check_finite("observation", self._last_obs)
         mode = resolve_mode(self.execution, self.device, self._expected_updates(total_timesteps))
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -487,11 +488,9 @@ class FlowActorCritic(PersistentAlgorithm):
     ) -> None:
         """Store a transition, unless the environment returned something that would destroy the weights."""
         _check_finite("reward", reward)
-        if isinstance(new_obs, dict):
-            for key, value in new_obs.items():
-                _check_finite(f"observation {key!r}", value)
-        else:
-            _check_finite("observation", new_obs)
+        _check_finite("observation", new_obs)
+        for info in infos:
+            _check_finite("observation", info.get("terminal_observation", 0.0))
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def learn(
@@ -526,7 +525,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_finite(name: str, values: np.ndarray) -> None:
+def _check_finite(name: str, values: Any) -> None:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            _check_finite(f"{name} {key!r}", value)
+        return
+    values = np.asarray(values)
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         raise ValueError(
             f"The environment returned a {name} that is not finite: {values}. Nothing was learned from it; "
