@@ -1,0 +1,82 @@
+"""RL Zoo with the four algorithms of this package.
+
+Training, tuning, recording and plotting are RL Zoo's own commands (``python -m sb3_rfm.zoo --help``). What is added here is
+what it has to know of an algorithm: the class, its hyperparameters and a search space.
+
+Source: https://github.com/DLR-RM/rl-baselines3-zoo
+"""
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import shimmy  # noqa: F401  (registers the DeepMind Control Suite with Gymnasium)
+from rl_zoo3 import ALGOS
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, convert_offpolicy_params, sample_sac_params
+
+from sb3_rfm import DQS, QNE, QSM, RFM, safe_pickle
+
+ALGORITHMS = {"rfm": RFM, "qne": QNE, "dqs": DQS, "qsm": QSM}
+
+HYPERPARAMS = Path(__file__).parent / "hyperparams"
+"""Folder with one file of hyperparameters for each algorithm."""
+
+_read_hyperparameters = ExperimentManager.read_hyperparameters
+
+
+def register() -> None:
+    """Make the algorithms known to RL Zoo, for this process.
+
+    Their hyperparameters are those of :data:`HYPERPARAMS`, unless the zoo has a file of that name or ``--conf-file`` gives
+    another.
+    """
+    ALGOS.update(ALGORITHMS)
+    HYPERPARAMS_SAMPLER.update(dict.fromkeys(ALGORITHMS, sample_candidate_params), qsm=sample_qsm_params)
+    # `learning_rate: lin_7.3e-4` in a file becomes this class in a saved model.
+    safe_pickle.NAMES["rl_zoo3.utils"] = {"SimpleLinearSchedule"}
+    # The parameters of the flow have the names of the arguments: only SAC's need converting.
+    HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_offpolicy_params))
+    ExperimentManager.read_hyperparameters = _read_hyperparameters_of_package  # type: ignore[method-assign]
+
+
+def sample_flow_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """Search space of all four algorithms: SAC's, and what concerns the flow.
+
+    :param trial: Trial to draw for
+    :param n_actions: Dimension of the actions
+    :param n_envs: Number of environments
+    :param additional_args: RL Zoo's arguments for hindsight experience replay
+    :return: Arguments of the algorithm
+    """
+    return sample_sac_params(trial, n_actions, n_envs, additional_args) | {
+        "temperature": trial.suggest_categorical("temperature", ["auto", 0.005, 0.02, 0.05, 0.2]),
+        "path": trial.suggest_categorical("path", ["cond_ot", "cosine", "linear_vp", "ve"]),
+        "proposal": trial.suggest_categorical("proposal", ["replay", "policy"]),
+        "integration_steps": trial.suggest_int("integration_steps", 2, 20, log=True),
+        "n_particles": trial.suggest_int("n_particles", 1, 32, log=True),
+        "n_target_particles": trial.suggest_int("n_target_particles", 1, 32, log=True),
+    }
+
+
+def sample_candidate_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """Search space of RFM, QNE and DQS; see :func:`sample_flow_params`."""
+    return sample_flow_params(trial, n_actions, n_envs, additional_args) | {
+        "n_candidates": trial.suggest_int("n_candidates", 4, 64, log=True),
+    }
+
+
+def sample_qsm_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """Search space of QSM; see :func:`sample_flow_params`."""
+    return sample_flow_params(trial, n_actions, n_envs, additional_args) | {
+        "sampler": trial.suggest_categorical("sampler", ["ode", "sde", "langevin"]),
+    }
+
+
+def _read_hyperparameters_of_package(self: ExperimentManager) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``ExperimentManager.read_hyperparameters``, with a file of ours where RL Zoo has none."""
+    if self.algo in ALGORITHMS and self.args.conf_file is None and not Path(self.config).exists():
+        self.config = str(HYPERPARAMS / f"{self.algo}.yml")
+    return _read_hyperparameters(self)
