@@ -35,6 +35,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run")
+    parser.add_argument("--checkpoint-every", type=int, default=10_000, help="environment steps between checkpoints")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="keep the last, to continue with more --steps later")
     parser.add_argument("--out", type=Path, default=Path("results"), help="results folder")
 
 
@@ -55,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
         arguments=arguments,
     )
     folders = [RunFolder.create(args.out, spec) for spec in specs]
-    return 1 if Sweep(folders, LocalEngine(args.jobs, args.threads)).run() else 0
+    options = ["--checkpoint-every", str(args.checkpoint_every), *(["--keep-checkpoint"] if args.keep_checkpoints else [])]
+    return 1 if Sweep(folders, LocalEngine(args.jobs, args.threads, options)).run() else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

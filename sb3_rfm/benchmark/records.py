@@ -7,6 +7,7 @@
         evaluations.csv    step, wall_clock, training_seconds, mean, return_1, ..., return_n
         status.json        how far it is
         training/          SB3's log of training
+        checkpoint.zip     while the run lasts: where to go on from
         log.txt            what the process printed
 
 Files are replaced as a whole, so that a run killed at any moment leaves none half written.
@@ -107,20 +108,24 @@ class RunFolder:
     def create(cls, root: Path, spec: RunSpec) -> "RunFolder":
         """Folder of the run within a results folder; made if it is not there.
 
+        Asked for with more steps than it has, a run goes on to the new end. It is never shortened.
+
         :raises ValueError: if the folder holds a run that was asked for with other arguments
         """
         folder = cls(root / spec.name)
         config = folder.config
         wanted = json.loads(json.dumps(asdict(spec), default=repr))
-        if not config:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            write_json(folder.path / "config.json", {"run": wanted})
-        elif config["run"] != wanted:
-            there = {key: value for key, value in config["run"].items() if value != wanted.get(key)}
+        run = config.get("run", wanted)
+        steps = max(run["steps"], wanted["steps"])
+        there = {key: value for key, value in run.items() if value != wanted[key] and key != "steps"}
+        if there:
             raise ValueError(
-                f"{folder.path} holds a run with {there} instead of { {key: wanted.get(key) for key in there} }. "
+                f"{folder.path} holds a run with {there} instead of { {key: wanted[key] for key in there} }. "
                 "Choose another results folder, or another name for the setting (algo:name)."
             )
+        if not config or steps > run["steps"]:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_json(folder.path / "config.json", config | {"run": run | {"steps": steps}})
         return folder
 
     @property
@@ -137,8 +142,13 @@ class RunFolder:
         return {"state": "new", "step": 0, "wall_clock": 0.0, "last_return": None} | read_json(self.path / "status.json")
 
     @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.zip"
+
+    @property
     def finished(self) -> bool:
-        return bool(self.status["state"] == "finished")
+        status = self.status
+        return bool(status["state"] == "finished" and status["step"] >= self.spec.steps)
 
     def describe(self, arguments: dict[str, Any]) -> None:
         """Add to the configuration what the run is done with."""

@@ -20,10 +20,13 @@ from rich.live import Live
 from rich.table import Table
 
 from sb3_rfm.benchmark.records import RunFolder, RunSpec
-from sb3_rfm.benchmark.worker import BUSY
+from sb3_rfm.benchmark.worker import BUSY, STOPPED
 
 POLL_SECONDS = 0.5
 BUSY_RETRY_SECONDS = 10.0
+MAX_KILLS = 3
+"""Times a run may be killed, for instance for want of memory, before it counts as failed."""
+
 LINE_SECONDS = 60.0
 """Time between two lines of progress where there is no terminal."""
 
@@ -52,8 +55,11 @@ class Job(Protocol):
     def poll(self) -> int | None:
         """Exit status, or None while it runs."""
 
-    def stop(self) -> None:
-        """Ask it to stop; returns when it has."""
+    def request_stop(self) -> None:
+        """Ask it to stop where it can be resumed."""
+
+    def wait(self) -> None:
+        """Return when it has stopped."""
 
 
 class LocalEngine:
@@ -61,11 +67,13 @@ class LocalEngine:
 
     :param jobs: Processes at once
     :param threads: Threads of each
+    :param options: Command-line options of :mod:`sb3_rfm.benchmark.worker`
     """
 
-    def __init__(self, jobs: int = 1, threads: int = 1) -> None:
+    def __init__(self, jobs: int = 1, threads: int = 1, options: Sequence[str] = ()) -> None:
         self.jobs = jobs
         self.threads = threads
+        self.options = options
 
     def start(self, folder: RunFolder) -> Job:
         """Start the run of a folder."""
@@ -75,7 +83,7 @@ class LocalEngine:
             # A session of its own: Ctrl-C reaches this process alone, which then stops the others one by one.
             return LocalJob(
                 subprocess.Popen(
-                    [sys.executable, "-m", "sb3_rfm.benchmark.worker", str(folder.path)],
+                    [sys.executable, "-m", "sb3_rfm.benchmark.worker", str(folder.path), *self.options],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=environment,
@@ -93,10 +101,12 @@ class LocalJob:
     def poll(self) -> int | None:
         return self.process.poll()
 
-    def stop(self) -> None:
+    def request_stop(self) -> None:
         self.process.terminate()
+
+    def wait(self) -> None:
         try:
-            self.process.wait(timeout=60)
+            self.process.wait(timeout=120)  # an evaluation that has begun is brought to its end
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -120,6 +130,7 @@ class Sweep:
         self.running: dict[Path, Job] = {}
         self.failed: list[RunFolder] = []
         self.retry_at: dict[Path, float] = {}
+        self.kills: dict[Path, int] = {}
         self.first_step: dict[Path, tuple[float, int]] = {}
 
     def run(self) -> list[RunFolder]:
@@ -145,7 +156,9 @@ class Sweep:
                     time.sleep(POLL_SECONDS)
         finally:
             for job in self.running.values():
-                job.stop()
+                job.request_stop()
+            for job in self.running.values():
+                job.wait()
         self.console.print(self.summary())
         for folder in self.failed:
             self.console.print(f"failed: {folder.path}, see {folder.path / 'log.txt'}")
@@ -169,6 +182,9 @@ class Sweep:
             if status == BUSY:
                 self.retry_at[folder.path] = time.monotonic() + BUSY_RETRY_SECONDS
                 self.pending.append(folder)
+            elif (status < 0 or status == STOPPED) and self.kills.get(folder.path, 0) < MAX_KILLS:
+                self.kills[folder.path] = self.kills.get(folder.path, 0) + 1
+                self.pending.insert(0, folder)
             elif status != 0 or not folder.finished:
                 self.failed.append(folder)
             if not self.console.is_terminal and status != BUSY:
@@ -180,7 +196,7 @@ class Sweep:
         spec, state = folder.spec, folder.status
         what = f"{spec.env_id}  {spec.algo}  seed {spec.seed}"
         if status != 0:
-            return f"{what}: failed with exit status {status}"
+            return f"{what}: ended with exit status {status} after {state['step']:,} steps"
         return f"{what}: return {state['last_return']:.1f} after {state['step']:,} steps, {duration(state['wall_clock'])}"
 
     def rates(self) -> dict[Path, float]:

@@ -1,14 +1,18 @@
 """One run, in a process of its own: ``python -m sb3_rfm.benchmark.worker FOLDER``.
 
-The folder's ``config.json`` says what to do. A run that is already finished, or that another process is doing, is left
-alone.
+The folder's ``config.json`` says what to do, and its checkpoint, if there is one, where to go on: exactly as if the run had
+not been interrupted. A run that is already finished, or that another process is doing, is left alone.
 """
 
+import argparse
 import os
+import signal
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,10 +28,15 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec
 from sb3_rfm.benchmark.suites import Setting, env_maker, get_algorithm, get_setting
+from sb3_rfm.checkpoint import Rewindable, save_run
 from sb3_rfm.flow_actor_critic import FlowActorCritic
+from sb3_rfm.persistence import PersistentAlgorithm
 
 BUSY = 75
 """Exit status where another process is doing the run."""
+
+STOPPED = 76
+"""Exit status where the run was asked to stop; it wrote a checkpoint."""
 
 STATUS_INTERVAL = 3.0
 """Seconds between two writings of the status."""
@@ -45,7 +54,8 @@ class Evaluator:
     def __init__(self, spec: RunSpec, particles: int | None = None) -> None:
         self.spec = spec
         self.particles = particles
-        self.env: VecEnv = make_vec_env(env_maker(spec.env_id), n_envs=spec.eval_episodes)
+        # Any seed, since every evaluation sets its own; without one, a random number would be taken from training.
+        self.env: VecEnv = make_vec_env(env_maker(spec.env_id), n_envs=spec.eval_episodes, seed=0)
 
     def __call__(self, model: BaseAlgorithm, step: int) -> list[float]:
         """Returns of the deterministic policy.
@@ -71,28 +81,47 @@ class Evaluator:
         return before
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and can be resumed."""
+
+
 class Recorder(BaseCallback):
-    """Evaluates while a model learns, and records how far it is.
+    """Evaluates while a model learns, records how far it is, and writes checkpoints.
 
     :param folder: Folder of the run
     :param evaluator: How to evaluate
+    :param checkpoint_every: Environment steps between checkpoints
     """
 
-    def __init__(self, folder: RunFolder, evaluator: Evaluator) -> None:
+    def __init__(self, folder: RunFolder, evaluator: Evaluator, checkpoint_every: int) -> None:
         super().__init__()
         self.folder = folder
         self.spec = folder.spec
         self.evaluate = evaluator
+        self.checkpoint_every = checkpoint_every
         self.evaluations: list[Evaluation] = []
-        self.wall_clock = 0.0  # of earlier processes
+        self.seconds_before = 0.0
         self.evaluation_seconds = 0.0
         self.started = time.monotonic()
         self.last_status = 0.0
+        self.last_checkpoint = 0
+        self.stop = False
+
+    def continue_from(self, step: int) -> None:
+        """Go on with the record of a run that was interrupted.
+
+        :param step: Environment steps at its checkpoint
+        """
+        self.evaluations = [e for e in self.folder.read_evaluations() if e.step <= step]
+        if self.evaluations:
+            self.evaluation_seconds = self.evaluations[-1].wall_clock - self.evaluations[-1].training_seconds
+        self.seconds_before = self.folder.status["wall_clock"]
+        self.last_checkpoint = step
 
     @property
     def seconds(self) -> float:
-        """Seconds that the run has taken."""
-        return self.wall_clock + time.monotonic() - self.started
+        """Seconds that the run has taken, those that an interruption made it repeat included."""
+        return self.seconds_before + time.monotonic() - self.started
 
     def record(self, model: BaseAlgorithm) -> None:
         """Evaluate the model as it is now."""
@@ -110,9 +139,27 @@ class Recorder(BaseCallback):
         self.folder.set_status(state=state, step=step, wall_clock=round(self.seconds, 1), last_return=last)
         self.last_status = time.monotonic()
 
+    def write_checkpoint(self) -> None:
+        """Write what is needed to go on from here."""
+        assert isinstance(self.model, PersistentAlgorithm)
+        save_run(self.model, self.folder.checkpoint)
+        self.last_checkpoint = self.num_timesteps
+        self.write_status(self.num_timesteps)
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        """Handle a signal: stop where the run can be resumed exactly."""
+        self.stop = True
+
     def _on_training_start(self) -> None:
         if not self.evaluations:
             self.record(self.model)
+
+    def _on_rollout_start(self) -> None:
+        # Here no transition is on its way to the buffer.
+        if self.stop or self.num_timesteps - self.last_checkpoint >= self.checkpoint_every:
+            self.write_checkpoint()
+        if self.stop:
+            raise Stopped
 
     def _on_step(self) -> bool:
         step = self.num_timesteps
@@ -123,25 +170,35 @@ class Recorder(BaseCallback):
         return True
 
 
-def build_model(spec: RunSpec, setting: Setting) -> BaseAlgorithm:
-    """A model with nothing learned."""
-    env = make_vec_env(env_maker(spec.env_id), seed=spec.seed)
+def resumable(algorithm: type[BaseAlgorithm]) -> type[PersistentAlgorithm]:
+    """The algorithm with checkpoints: Stable-Baselines3's own have none, and are otherwise as they were."""
+    if issubclass(algorithm, PersistentAlgorithm):
+        return algorithm
+    return type(algorithm.__name__, (PersistentAlgorithm, algorithm), {"_executor": SimpleNamespace(mode="eager")})
+
+
+def build_model(folder: RunFolder, spec: RunSpec, setting: Setting) -> PersistentAlgorithm:
+    """The model of the run's checkpoint, or a new one."""
+    algorithm = resumable(get_algorithm(spec.algo.partition(":")[0]))
+    env = make_vec_env(env_maker(spec.env_id), seed=spec.seed, wrapper_class=Rewindable)
+    if folder.checkpoint.exists():
+        return algorithm.resume(folder.checkpoint, env=env, trusted=True)
     arguments: dict[str, Any] = dict(setting.arguments)
     if isinstance(arguments.get("action_noise"), (int, float)):
         size = env.action_space.shape
         assert size is not None
         arguments["action_noise"] = NormalActionNoise(np.zeros(size), np.full(size, arguments["action_noise"]))
-    # A buffer that never fills up behaves like any larger one, and is not worth its memory.
-    arguments["buffer_size"] = min(arguments.get("buffer_size", 1_000_000), spec.steps)
-    algorithm = get_algorithm(spec.algo.partition(":")[0])
     return algorithm("MlpPolicy", env, seed=spec.seed, **arguments)
 
 
-def run(path: Path) -> None:
-    """Do the run of a folder.
+def run(path: Path, checkpoint_every: int = 10_000, keep_checkpoint: bool = False) -> None:
+    """Do the run of a folder, from its checkpoint if there is one.
 
     :param path: Folder with the ``config.json``
+    :param checkpoint_every: Environment steps between checkpoints
+    :param keep_checkpoint: Whether to leave the last checkpoint, so that the run can be continued beyond its end
     :raises Timeout: if another process is doing it
+    :raises Stopped: if the process was asked to stop
     """
     folder = RunFolder(path)
     with FileLock(path / ".lock", timeout=0):
@@ -150,27 +207,44 @@ def run(path: Path) -> None:
         spec = folder.spec
         setting = get_setting(spec.algo, spec.arguments)
         folder.describe(setting.arguments)
-        folder.set_status(state="starting", step=0, wall_clock=0.0, last_return=None)
-        model = build_model(spec, setting)
-        model.set_logger(configure(str(path / "training"), ["csv"]))
-        recorder = Recorder(folder, Evaluator(spec, setting.evaluation_particles))
-        model.learn(spec.steps, callback=recorder, log_interval=4)
+        model = build_model(folder, spec, setting)
+        recorder = Recorder(folder, Evaluator(spec, setting.evaluation_particles), checkpoint_every)
+        recorder.continue_from(model.num_timesteps)
+        recorder.write_status(model.num_timesteps, "starting")
+        model.set_logger(configure(str(path / "training" / f"from-step-{model.num_timesteps}"), ["csv"]))
+        signal.signal(signal.SIGTERM, recorder.request_stop)
+        model.learn(spec.steps - model.num_timesteps, callback=recorder, log_interval=4, reset_num_timesteps=False)
+        if keep_checkpoint:
+            recorder.write_checkpoint()
+        else:
+            folder.checkpoint.unlink(missing_ok=True)
         recorder.write_status(model.num_timesteps, "finished")
 
 
-def main(path: Path) -> int:
-    """Do the run of a folder and return the exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do the run of a folder.
+
+    :param argv: Arguments; those of the process by default
+    :return: Exit status
+    """
+    parser = argparse.ArgumentParser(prog="python -m sb3_rfm.benchmark.worker")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--checkpoint-every", type=int, default=10_000)
+    parser.add_argument("--keep-checkpoint", action="store_true")
+    args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     warnings.simplefilter("ignore", DeprecationWarning)  # dm_control asks for those of every library
     try:
-        run(path)
+        run(args.folder, args.checkpoint_every, args.keep_checkpoint)
     except Timeout:
         return BUSY
+    except Stopped:
+        return STOPPED
     except Exception:
-        RunFolder(path).set_status(state="failed")
+        RunFolder(args.folder).set_status(state="failed")
         raise
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main())
