@@ -13,6 +13,7 @@ Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), algorithm 1
 """
 
 import math
+import re
 from abc import abstractmethod
 from typing import Any, ClassVar, TypeVar
 
@@ -47,8 +48,9 @@ SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
 LATENT_SCALE = 1.0
 """Spread of latents under a uniform action: the density sech^2 has standard deviation pi / sqrt(12) = 0.91."""
 
-TEMPERATURE_FRACTION = 0.2
-"""``temperature="auto"``: temperature over the spread of Q between random actions, per root of the action dimension."""
+AUTO_TEMPERATURE = 0.2
+"""``temperature="auto"`` is ``"auto_0.2"``."""
+
 
 def log_sech2(u: Tensor) -> Tensor:
     """``log(1 - tanh(u)^2)`` without cancellation."""
@@ -73,9 +75,9 @@ class FlowActorCritic(PersistentAlgorithm):
     :param replay_buffer_kwargs: Its keyword arguments
     :param optimize_memory_usage: See SB3's ``ReplayBuffer``
     :param n_steps: Steps of the n-step return
-    :param temperature: λ of the target ``exp(Q / λ)``, in units of the reward; or ``"auto"``: 0.2 times the standard
-        deviation of Q between random actions over the root of the action dimension, which makes learning independent of
-        the reward's scale
+    :param temperature: λ of the target ``exp(Q / λ)``, in units of the reward; or ``"auto"``, the same as ``"auto_0.2"``: 0.2
+        times the standard deviation of Q between random actions over the root of the action dimension, which makes
+        learning independent of the reward's scale
     :param n_candidates: Candidates K at which Q (and its gradient) is evaluated for each ``x_t``
     :param coefficient: Control-variate coefficient in noise coordinates, where the algorithm leaves a choice
     :param path: ``"cond_ot"``, ``"cosine"``, ``"linear_vp"`` or ``"ve"``
@@ -198,7 +200,8 @@ class FlowActorCritic(PersistentAlgorithm):
             self.replay_buffer_class = DictBuffer
         super()._setup_model()
         self.policy.configure_sampling(self.path, self.sampler, self.integration_steps, self.n_particles, self.t_min)
-        if self.temperature != "auto":
+        self._temperature_fraction = parse_auto_temperature(self.temperature)
+        if self._temperature_fraction is None:
             self.policy.temperature.fill_(float(self.temperature))
         self._path = get_path(self.path)
         self.actor = self.policy.actor
@@ -240,8 +243,7 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _check_arguments(self) -> None:
         """Refuse arguments out of range before anything is built."""
-        if self.temperature != "auto" and not (_is_number(self.temperature) and self.temperature > 0):  # type: ignore[operator]
-            raise ValueError(f"temperature must be 'auto' or a positive number, got {self.temperature!r}.")
+        parse_auto_temperature(self.temperature)
         if self.coefficient is None:
             self.coefficient = self.default_coefficient
         elif self.coefficient_is_fixed and self.coefficient != self.default_coefficient:
@@ -277,7 +279,7 @@ class FlowActorCritic(PersistentAlgorithm):
             self._update_reward_scale(batch.rewards)
             metrics = self._update_critic(batch)
             metrics |= self._update_actor(batch)
-            if self.temperature == "auto":
+            if self._temperature_fraction is not None:
                 self._update_temperature(metrics["action_spread"])
             metrics["temperature"] = self.policy.temperature.clone()
             self._update_target_critic()
@@ -451,7 +453,7 @@ class FlowActorCritic(PersistentAlgorithm):
     def _action_spread(self, encoded_q: list[Tensor], n_states: int = 32, n_actions: int = 2) -> Tensor:
         """Standard deviation of min Q between uniformly random actions at the same state, a scalar."""
         encoded = [e[:n_states] for e in encoded_q]
-        actions = 2 * th.rand(n_states, n_actions, self.actor.action_dim, device=self.device) - 1
+        actions = 2 * th.rand(len(encoded[0]), n_actions, self.actor.action_dim, device=self.device) - 1
         return self.critic.min_q(encoded, actions).var(dim=1).mean().sqrt()
 
     @th.no_grad()
@@ -461,7 +463,8 @@ class FlowActorCritic(PersistentAlgorithm):
         A Boltzmann policy over D independent action dimensions whose Q has standard deviation S between random actions
         keeps the same entropy in each dimension, whatever S and D, when the temperature is proportional to S / sqrt(D).
         """
-        value = TEMPERATURE_FRACTION * spread / self.actor.action_dim**0.5
+        assert self._temperature_fraction is not None
+        value = self._temperature_fraction * spread / self.actor.action_dim**0.5
         rate = max(1 / (self._n_updates + 1), 5e-3)
         self.policy.temperature.lerp_(value.clamp(min=1e-12), rate)
 
@@ -519,6 +522,21 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []
+
+
+def parse_auto_temperature(temperature: float | str) -> float | None:
+    """The fraction in ``"auto"`` or ``"auto_<fraction>"``, or None for a fixed temperature.
+
+    :raises ValueError: unless ``temperature`` is one of these, or a positive number
+    """
+    if isinstance(temperature, str):
+        automatic = re.fullmatch(r"auto(?:_(\d*\.?\d+(?:[eE][-+]?\d+)?))?", temperature)
+        fraction = float(automatic[1] or AUTO_TEMPERATURE) if automatic else 0.0
+        if fraction > 0:
+            return fraction
+    elif _is_number(temperature) and temperature > 0:
+        return None
+    raise ValueError(f"temperature must be 'auto', 'auto_<fraction>' or a positive number, got {temperature!r}.")
 
 
 def _is_number(value: object) -> bool:
