@@ -44,13 +44,27 @@ def unsquash(actions: Tensor) -> Tensor:
 
 
 class BoundedPolicy(PersistentModel, BasePolicy):
-    """A policy whose actions never leave their box by a rounding."""
+    """A policy whose actions never leave their box by a rounding, however small, large or degenerate it is."""
+
+    def scale_action(self, action: np.ndarray) -> np.ndarray:
+        """Rescale actions from the action space to [-1, 1]; 0 where the box has no extent."""
+        low, high, dtype = self._bounds()
+        # In halves, because the extent of a box may be more than the largest number.
+        extent = 0.5 * high - 0.5 * low
+        share = (0.5 * action - 0.5 * low) / np.where(extent > 0, extent, 1.0)
+        return np.where(extent > 0, np.clip(2 * share - 1, -1, 1), 0.0).astype(dtype)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
         """Rescale actions from [-1, 1] to the action space."""
-        low, high = self.action_space.low, self.action_space.high  # type: ignore[attr-defined]
-        actions = np.clip(super().unscale_action(scaled_action), low, high)
-        return actions.astype(self.action_space.dtype, copy=False)
+        low, high, dtype = self._bounds()
+        share = 0.5 * (np.asarray(scaled_action, np.float64) + 1)
+        # The bounds are clipped to in their own precision: rounded to it, a number below one may be above it.
+        return np.clip(((1 - share) * low + share * high).astype(dtype), low.astype(dtype), high.astype(dtype))
+
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray, Any]:
+        box = self.action_space
+        assert isinstance(box, spaces.Box)
+        return box.low.astype(np.float64), box.high.astype(np.float64), box.dtype
 
 
 class FlowActor(BoundedPolicy):
