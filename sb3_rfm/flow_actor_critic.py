@@ -443,8 +443,14 @@ class FlowActorCritic(PersistentAlgorithm):
         Batches without any reward do not count: where rewards are sparse, the unit would shrink towards zero.
         """
         size = rewards.abs().mean()
-        old = self.critic.scale
         n_batches = self.policy.n_rewarded_batches
+        # Before the first reward values mean nothing: then, the outputs of the networks are kept, and not the values.
+        unit = th.where((n_batches == 0) & (size > 0), size, 1.0)
+        self.critic.scale *= unit
+        self.critic_target.scale *= unit
+        if self.temperature == "auto":
+            self.policy.temperature *= unit
+        old = self.critic.scale
         n_batches += size > 0
         new = th.where(size > 0, old + (1 / n_batches).clamp(1e-3, 1) * (size - old), old)
         self.critic.rescale(new)

@@ -5,6 +5,7 @@ Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136).
 
 from typing import ClassVar
 
+from stable_baselines3.common.preprocessing import get_action_dim
 from torch import Tensor
 
 from sb3_rfm.flow_actor_critic import LATENT_SCALE, FlowActorCritic
@@ -29,7 +30,10 @@ class RFM(FlowActorCritic):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        check_coefficient(self.coefficient)
+        coefficient = check_coefficient(self.coefficient)
+        n_actions = get_action_dim(self.action_space)
+        if isinstance(coefficient, tuple) and len(coefficient) != n_actions:
+            raise ValueError(f"coefficient must be one number or {n_actions}, one per action dimension, got {coefficient}.")
 
     def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
         return self.estimator.estimate(log_prob, x_t, t, self.estimator.draw(x_t, t, guess=guess))

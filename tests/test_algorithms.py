@@ -1,0 +1,325 @@
+"""Behaviour of the four algorithms, from outside."""
+
+import inspect
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import SAC
+from stable_baselines3.common.utils import LinearSchedule
+from torch import Tensor
+
+from sb3_rfm import DQS, QNE, QSM, RFM, posterior
+from sb3_rfm.flow_actor_critic import FlowActorCritic
+from sb3_rfm.policies import LATENT_BOUND
+
+ALGORITHMS = [RFM, QNE, DQS, QSM]
+TINY: dict[str, Any] = {
+    "learning_starts": 10,
+    "batch_size": 16,
+    "buffer_size": 1_000,
+    "n_candidates": 4,
+    "n_particles": 3,
+    "integration_steps": 3,
+    "policy_kwargs": {"net_arch": [16]},
+    "execution": "eager",
+    "seed": 0,
+    "device": "cpu",
+}
+
+
+class ConstantReward(gym.Env):
+    """A reward at each step; episodes of ``length`` steps that end in termination or truncation."""
+
+    observation_space = spaces.Box(-1, 1, (1,))
+    action_space = spaces.Box(-1, 1, (2,))
+
+    def __init__(self, reward: float = 1.0, length: int = 8, terminates: bool = False, bad: dict[int, str] | None = None):
+        self.reward, self.length, self.terminates, self.bad = reward, length, terminates, bad or {}
+        self.total_steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.steps += 1
+        self.total_steps += 1
+        end = self.steps == self.length
+        what = self.bad.get(self.total_steps)
+        obs = np.full(1, np.nan if what == "observation" else 0.0, np.float32)
+        reward = np.inf if what == "reward" else self.reward
+        return obs, reward, end and self.terminates, end and not self.terminates, {}
+
+
+class Spring(gym.Env):
+    """A point on a spring, with a reward in any unit."""
+
+    observation_space = spaces.Box(-10, 10, (2,))
+    action_space = spaces.Box(-2, 1, (2,))
+
+    def __init__(self, unit: float = 1.0):
+        self.unit = unit
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.state = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        self.steps = 0
+        return self.state, {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.state = np.float32(0.9) * self.state + np.float32(0.1) * action
+        self.steps += 1
+        return self.state, -self.unit * float(np.square(self.state).sum()), False, self.steps >= 20, {}
+
+
+def weights(model: FlowActorCritic) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in model.policy.state_dict().values()]
+
+
+def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(th.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Signature
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_arguments_are_sacs_then_ours(algorithm: type[FlowActorCritic]) -> None:
+    ours = list(inspect.signature(algorithm.__init__).parameters)
+    sacs = [name for name in inspect.signature(SAC.__init__).parameters if "sde" not in name]
+    sacs = [name for name in sacs if name not in ("ent_coef", "target_entropy", "target_update_interval")]
+    assert [name for name in ours if name in sacs] == sacs
+    first_of_ours, last_of_ours = ours.index("temperature"), ours.index("stats_window_size") - 1
+    assert ours[first_of_ours - 1] == "n_steps"
+    required = {"temperature", "n_candidates", "coefficient", "path", "integration_steps", "proposal", "n_particles"}
+    required |= {"n_target_particles", "t_min", "max_grad_norm"}
+    assert required <= set(ours[first_of_ours : last_of_ours + 1])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_attributes_are_named_like_arguments(algorithm: type[FlowActorCritic]) -> None:
+    model = algorithm("MlpPolicy", Spring(), **TINY)
+    for name in list(inspect.signature(algorithm.__init__).parameters)[1:]:
+        if name not in ("policy", "env", "stats_window_size", "_init_setup_model"):
+            assert hasattr(model, name), name
+    for name in ("batch_size", "n_candidates", "n_particles", "integration_steps", "learning_starts", "seed"):
+        assert getattr(model, name) == TINY[name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"n_candidates": 0}, "n_candidates"),
+        ({"n_particles": 1.5}, "n_particles"),
+        ({"n_target_particles": 0}, "n_target_particles"),
+        ({"integration_steps": 0}, "integration_steps"),
+        ({"coefficient": "best"}, "coefficient"),
+        ({"coefficient": float("inf")}, "coefficient"),
+        ({"path": "straight"}, "path"),
+        ({"sampler": "rk45"}, "sampler"),
+        ({"proposal": "uniform"}, "proposal"),
+        ({"t_min": 0.0}, "t_min"),
+        ({"t_min": 0.5}, "t_min"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm"),
+        ({"execution": "fast"}, "execution"),
+        ({"precision": "float8"}, "precision"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RFM("MlpPolicy", Spring(), **(TINY | arguments))
+
+
+@pytest.mark.parametrize(("algorithm", "value"), [(QNE, 1.0), (QNE, "optimal"), (DQS, 0.5), (QSM, 0.0)])
+def test_fixed_coefficients_stay_fixed(algorithm: type[FlowActorCritic], value: Any) -> None:
+    with pytest.raises(ValueError, match="coefficient"):
+        algorithm("MlpPolicy", Spring(), **TINY, coefficient=value)
+
+
+def test_coefficients_must_fit_the_actions() -> None:
+    with pytest.raises(ValueError, match="coefficient"):
+        RFM("MlpPolicy", Spring(), **TINY, coefficient=[0.1, 0.2, 0.3]).learn(20)
+
+
+# Learning
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_one_seed_gives_one_result(algorithm: type[FlowActorCritic]) -> None:
+    first, second = (algorithm("MlpPolicy", Spring(), **TINY).learn(40) for _ in range(2))
+    other = algorithm("MlpPolicy", Spring(), **(TINY | {"seed": 1})).learn(40)
+    assert equal(weights(first), weights(second))
+    assert not equal(weights(first), weights(other))
+
+
+@pytest.mark.parametrize(("algorithm", "coefficient"), [(QNE, 0.0), (DQS, 1.0)])
+def test_endpoints_are_rfm_with_that_coefficient(algorithm: type[FlowActorCritic], coefficient: float) -> None:
+    endpoint = algorithm("MlpPolicy", Spring(), **TINY).learn(40)
+    rfm = RFM("MlpPolicy", Spring(), **TINY, coefficient=coefficient).learn(40)
+    assert equal(weights(endpoint), weights(rfm))
+    assert not equal(weights(endpoint), weights(RFM("MlpPolicy", Spring(), **TINY, coefficient=0.5).learn(40)))
+
+
+def test_qne_asks_for_no_gradient_of_q(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a gradient was computed")
+
+    monkeypatch.setattr(th.autograd, "grad", refuse)
+    QNE("MlpPolicy", Spring(), **TINY).learn(20)
+    with pytest.raises(AssertionError, match="gradient"):
+        RFM("MlpPolicy", Spring(), **TINY).learn(20)
+
+
+def test_qsm_draws_no_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("candidates were drawn")
+
+    monkeypatch.setattr(posterior.PosteriorMeanEstimator, "draw", refuse)
+    QSM("MlpPolicy", Spring(), **TINY).learn(20)
+    with pytest.raises(AssertionError, match="candidates"):
+        RFM("MlpPolicy", Spring(), **TINY).learn(20)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("unit", [2.0**-7, 2.0**7])
+def test_the_unit_of_the_reward_does_not_matter(algorithm: type[FlowActorCritic], unit: float) -> None:
+    reference = algorithm("MlpPolicy", Spring(), **TINY).learn(40)
+    scaled = algorithm("MlpPolicy", Spring(unit), **TINY).learn(40)
+    for a, b in zip(reference.actor.parameters(), scaled.actor.parameters(), strict=True):
+        th.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert scaled.policy.temperature.item() == pytest.approx(unit * reference.policy.temperature.item(), rel=1e-3)
+
+
+def test_a_long_time_without_reward_changes_no_unit() -> None:
+    model = RFM("MlpPolicy", ConstantReward(reward=0.0), **TINY).learn(100)
+    assert model.critic.scale == 1.0
+
+
+def test_truncation_bootstraps_and_termination_does_not() -> None:
+    arguments = TINY | {"learning_rate": 0.01, "tau": 0.1, "policy_kwargs": {"net_arch": [16], "n_critics": 1}}
+
+    def value(terminates: bool, length: int, gamma: float, steps: int) -> float:
+        env = ConstantReward(length=length, terminates=terminates)
+        model = RFM("MlpPolicy", env, gamma=gamma, **arguments).learn(steps)
+        obs = th.zeros(1, 1)
+        return float(model.critic(obs, model.actor(obs))[0])
+
+    assert value(terminates=True, length=1, gamma=0.9, steps=400) == pytest.approx(1.0, abs=0.1)
+    assert value(terminates=False, length=8, gamma=0.9, steps=600) == pytest.approx(10.0, abs=0.5)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_everything_promised_is_logged(algorithm: type[FlowActorCritic]) -> None:
+    model = algorithm("MlpPolicy", Spring(), **TINY)
+    model.learn(30)
+    logged = model.logger.name_to_value
+    names = {"actor_loss", "critic_loss", "ess", "coefficient", "q_mean", "temperature", "n_updates", "learning_rate"}
+    for name in names | {"variance_ratio", "latent_max", "saturation"}:
+        assert np.isfinite(logged[f"train/{name}"]), name
+    assert logged["train/n_updates"] == 20
+
+
+def test_learning_rate_schedules_reach_both_optimizers() -> None:
+    model = RFM("MlpPolicy", Spring(), **TINY, learning_rate=LinearSchedule(1e-3, 1e-4, 1.0)).learn(40)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in (model.actor.optimizer, model.critic.optimizer)]
+    assert rates[0] == rates[1] == pytest.approx(1e-4, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"proposal": "policy", "n_target_particles": 2},
+        {"sampler": "sde", "path": "cosine"},
+        {"sampler": "langevin", "path": "ve"},
+        {"temperature": 0.02, "max_grad_norm": 10.0},
+        {"coefficient": [0.1, 0.9]},
+        {"gradient_steps": -1, "train_freq": 4},
+        {"train_freq": (1, "episode")},
+        {"n_steps": 3},
+        {"n_particles": 1},
+        {"precision": "bfloat16"},
+    ],
+)
+def test_every_choice_learns(arguments: dict[str, Any]) -> None:
+    model = RFM("MlpPolicy", Spring(), **(TINY | arguments)).learn(44)
+    assert model._n_updates > 0
+    assert all(bool(th.isfinite(tensor).all()) for tensor in weights(model))
+
+
+@pytest.mark.parametrize(
+    ("bad", "culprit"),
+    [({15: "reward"}, "reward"), ({15: "observation"}, "observation"), ({16: "observation"}, "observation")],
+)
+def test_nothing_is_learned_from_numbers_that_are_not_finite(bad: dict[int, str], culprit: str) -> None:
+    # Step 16 is the last of an episode: its observation reaches the buffer by another way.
+    model = RFM("MlpPolicy", ConstantReward(bad=bad), **TINY)
+    model.learn(min(bad) - 1)
+    before, position = weights(model), model.replay_buffer.pos
+    with pytest.raises(ValueError, match=f"{culprit}.*not finite"):
+        model.learn(10, reset_num_timesteps=False)
+    assert equal(weights(model), before)
+    assert model.replay_buffer.pos == position
+
+
+def test_the_first_observation_must_be_finite_too() -> None:
+    class Broken(ConstantReward):
+        def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+            super().reset(**kwargs)
+            return np.full(1, np.inf, np.float32), {}
+
+    with pytest.raises(ValueError, match=r"observation.*not finite"):
+        RFM("MlpPolicy", Broken(), **TINY).learn(5)
+
+
+# Acting
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_deterministic_policy_is_a_function_of_the_observation(algorithm: type[FlowActorCritic]) -> None:
+    model = algorithm("MlpPolicy", Spring(), **TINY).learn(30)
+    observations = np.random.default_rng(0).uniform(-2, 2, (32, 2)).astype(np.float32)
+    state = th.get_rng_state()
+    actions, _ = model.predict(observations, deterministic=True)
+    assert th.equal(state, th.get_rng_state())
+    np.testing.assert_array_equal(model.predict(observations, deterministic=True)[0], actions)
+    alone = np.stack([model.predict(observation, deterministic=True)[0] for observation in observations])
+    np.testing.assert_allclose(alone, actions, rtol=1e-4, atol=1e-5)
+    shuffled = np.random.default_rng(1).permutation(32)
+    np.testing.assert_allclose(model.predict(observations[shuffled], deterministic=True)[0], actions[shuffled], atol=1e-5)
+    explored = [model.predict(observations)[0] for _ in range(2)]
+    assert not np.array_equal(*explored)
+
+
+@pytest.mark.parametrize("path", ["cond_ot", "cosine", "linear_vp", "ve"])
+@pytest.mark.parametrize("sampler", ["ode", "sde", "langevin"])
+def test_no_weights_can_make_the_flow_diverge(path: str, sampler: str) -> None:
+    model = RFM("MlpPolicy", Spring(), **TINY, path=path, sampler=sampler)
+    generator = th.Generator().manual_seed(0)
+    with th.no_grad():
+        for parameter in model.actor.parameters():
+            parameter.copy_(1e6 * th.randn(parameter.shape, generator=generator))
+    noise = th.randn(64, 8, 2, generator=generator)
+    for deterministic in (True, False):
+        latents = model.actor.sample_latents(th.ones(64, 2), noise, deterministic)
+        # The variance-exploding path ends with a little noise.
+        assert latents.abs().max() <= 1.02 * LATENT_BOUND
+    actions, _ = model.predict(np.ones((64, 2), np.float32))
+    assert all(model.action_space.contains(action) for action in actions)
+
+
+def test_exploration_prefers_better_particles() -> None:
+    model = RFM("MlpPolicy", Spring(), **TINY, temperature=0.5)
+    q = th.tensor([[0.0, 1.0, 0.5]]).expand(20_000, 3)
+    th.manual_seed(0)
+    counts = th.bincount(model.policy.choose_index(q).flatten(), minlength=3) / len(q)
+    # Four standard errors of a frequency.
+    th.testing.assert_close(counts, th.softmax(q[0] / 0.5, 0), rtol=0, atol=4 * 0.5 / len(q) ** 0.5)
+    assert model.policy.choose_index(q[:1], deterministic=True).item() == 1
