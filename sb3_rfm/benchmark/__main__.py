@@ -40,6 +40,15 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("results"), help="results folder")
 
 
+def add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, help="results folder")
+    parser.add_argument("--out", type=Path, help="where to write; <results>/report by default")
+    parser.add_argument(
+        "--at-step", type=int, help="results at this step, of all runs that reached it; by default the finished runs"
+    )
+    parser.add_argument("--title", default="Benchmark of sb3_rfm")
+
+
 def run(args: argparse.Namespace) -> int:
     """Do the runs that are not finished yet."""
     from sb3_rfm.benchmark.records import RunFolder
@@ -61,6 +70,15 @@ def run(args: argparse.Namespace) -> int:
     return 1 if Sweep(folders, LocalEngine(args.jobs, args.threads, options)).run() else 0
 
 
+def report(args: argparse.Namespace) -> int:
+    """Write tables, figures and the page."""
+    from sb3_rfm.benchmark.report import write
+
+    for file in write(args.results, args.out or args.results / "report", args.at_step, args.title):
+        print(file)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -70,11 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sb3_rfm.benchmark", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     add_run(commands.add_parser("run", help="learn and evaluate: algorithms × tasks × seeds"))
+    add_report(commands.add_parser("report", help="tables, learning curves and statistics of a results folder"))
     args = parser.parse_args(argv)
     # A scheduler's SIGTERM is handled like Ctrl-C: the processes of the runs are stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return run(args)
+        return {"run": run, "report": report}[args.command](args)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

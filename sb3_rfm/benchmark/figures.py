@@ -1,0 +1,167 @@
+"""The pictures of a report, as matplotlib figures."""
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from sb3_rfm.benchmark import statistics
+from sb3_rfm.benchmark.results import Results
+from sb3_rfm.benchmark.statistics import Estimate
+
+matplotlib.rcParams["svg.hashsalt"] = "sb3_rfm"  # the same picture is the same file
+
+COLORS = {
+    "rfm": "#c1272d",
+    "qne": "#0072b2",
+    "dqs": "#009e73",
+    "qsm": "#cc79a7",
+    "sac": "#444444",
+    "td3": "#e69f00",
+    "tqc": "#56b4e9",
+    "sbx-sac": "#999999",
+}
+LINES = ["-", "--", ":", "-."]
+
+
+def style(label: str, labels: Sequence[str]) -> dict[str, str]:
+    """Colour of the algorithm, and a dash pattern for its settings."""
+    algo = label.partition(":")[0]
+    settings = [other for other in labels if other.partition(":")[0] == algo]
+    return {"color": COLORS.get(algo, "#8c564b"), "linestyle": LINES[settings.index(label) % len(LINES)]}
+
+
+def short(env_id: str) -> str:
+    """Name of an environment in a title."""
+    return env_id.removeprefix("dm_control/").removesuffix("-v0")
+
+
+def tidy(axes: Axes) -> None:
+    """Leave out what is not information."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=8)
+
+
+def learning_curves(results: Results) -> Figure:
+    """Mean return against environment steps with its 95 % interval over seeds, one panel for each task."""
+    tasks, algos = results.tasks, results.algos
+    columns = min(4, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(max(3.1 * columns, 4.5), 2.5 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in panels[len(tasks) :]:
+        panel.set_visible(False)
+    handles: dict[str, Line2D] = {}
+    for task, panel in zip(tasks, panels, strict=False):
+        for algo in algos:
+            curve = results.curve(task, algo)
+            if curve.empty:
+                continue
+            estimates = [statistics.mean(row) for row in curve.to_numpy()]
+            handles[algo] = band(panel, curve.index.to_numpy() / 1000, estimates, style(algo, algos))
+        panel.set_title(short(task), fontsize=10)
+        panel.set_xlim(left=0)
+        if task.startswith("dm_control/"):
+            panel.set_ylim(0, 1000)
+        tidy(panel)
+    figure.supxlabel("environment steps (thousands)", fontsize=9)
+    figure.supylabel("return", fontsize=9)
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=8, frameon=False, fontsize=9)
+    return figure
+
+
+def band(axes: Axes, x: np.ndarray, estimates: Sequence[Estimate], line_style: dict[str, str]) -> Line2D:
+    """A line with its interval."""
+    values, low, high = (np.array(column) for column in zip(*estimates, strict=True))
+    (line,) = axes.plot(x, values, linewidth=1.6, **line_style)  # type: ignore[arg-type]
+    axes.fill_between(x, low, high, color=line_style["color"], alpha=0.15, linewidth=0)
+    return line
+
+
+def aggregate(results: Results) -> Figure:
+    """Interquartile mean of the scores of each algorithm over the tasks that all were run on."""
+    algos = results.algos
+    tasks = results.tasks_of(algos)
+    estimates = {algo: statistics.interquartile_mean(results.scores(algo, tasks)) for algo in algos}
+    n_tasks = "one task" if len(tasks) == 1 else f"{len(tasks)} tasks"
+    return intervals(estimates, f"interquartile mean of scores over {n_tasks}")
+
+
+def improvement(results: Results, reference: str) -> Figure:
+    """Probability that a run of ``reference`` beats a run of each other algorithm."""
+    estimates = {}
+    for algo in results.algos:
+        tasks = results.tasks_of([reference, algo])
+        if algo != reference and tasks:
+            scores = results.scores(reference, tasks), results.scores(algo, tasks)
+            estimates[algo] = statistics.probability_of_improvement(*scores)
+    figure = intervals(estimates, f"probability that {reference} is better")
+    figure.axes[0].axvline(0.5, color="0.5", linewidth=0.8, linestyle="--")
+    figure.axes[0].set_xlim(-0.02, 1.02)
+    return figure
+
+
+def intervals(estimates: dict[str, Estimate], label: str) -> Figure:
+    """One line for each algorithm: its number and the interval of it."""
+    figure = Figure(figsize=(6, 0.36 * len(estimates) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    axes.use_sticky_edges = False
+    for i, (algo, (value, low, high)) in enumerate(reversed(estimates.items())):
+        axes.barh(i, high - low, left=low, height=0.55, color=style(algo, [algo])["color"], alpha=0.4)
+        axes.plot([value, value], [i - 0.28, i + 0.28], color="black", linewidth=1.6)
+    axes.set_yticks(range(len(estimates)), list(reversed(estimates)))
+    axes.set_xlabel(label, fontsize=9)
+    tidy(axes)
+    return figure
+
+
+def sample_efficiency(results: Results) -> Figure:
+    """Interquartile mean of the scores against the share of the budget."""
+    algos = results.algos
+    tasks = results.tasks_of(algos)
+    shares = np.linspace(0, 1, 26)
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for algo in algos:
+        estimates = []
+        for share in shares:
+            scores = []
+            for task in tasks:
+                curve, (low, high) = results.curve(task, algo), results.score_range(task)
+                steps = curve.index.to_numpy()
+                at = share * steps[-1]
+                scores.append(
+                    np.array([(np.interp(at, steps, curve[seed].to_numpy()) - low) / (high - low) for seed in curve.columns])
+                )
+            estimates.append(statistics.interquartile_mean(scores))
+        band(axes, 100 * shares, estimates, style(algo, algos))
+    axes.legend(axes.lines, algos, frameon=False, fontsize=8)
+    axes.set_xlabel("percentage of the steps", fontsize=9)
+    axes.set_ylabel("interquartile mean of scores", fontsize=9)
+    axes.set_xlim(0, 100)
+    tidy(axes)
+    return figure
+
+
+def profiles(results: Results) -> Figure:
+    """Share of the runs that exceed a score, against the score."""
+    algos = results.algos
+    tasks = results.tasks_of(algos)
+    scores = {algo: results.scores(algo, tasks) for algo in algos}
+    highest = max(1.0, *(float(np.max(s)) for values in scores.values() for s in values))
+    lowest = min(0.0, *(float(np.min(s)) for values in scores.values() for s in values))
+    thresholds = np.linspace(lowest, highest, 61)
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for algo in algos:
+        band(axes, thresholds, statistics.performance_profile(scores[algo], thresholds), style(algo, algos))
+    axes.legend(axes.lines, algos, frameon=False, fontsize=8)
+    axes.set_xlabel("score τ", fontsize=9)
+    axes.set_ylabel("share of runs with score > τ", fontsize=9)
+    axes.set_ylim(0, 1.02)
+    tidy(axes)
+    return figure
