@@ -448,7 +448,7 @@ class FlowActorCritic(PersistentAlgorithm):
         unit = th.where((n_batches == 0) & (size > 0), size, 1.0)
         self.critic.scale *= unit
         self.critic_target.scale *= unit
-        if self.temperature == "auto":
+        if self._temperature_fraction is not None:
             self.policy.temperature *= unit
         old = self.critic.scale
         n_batches += size > 0
