@@ -28,6 +28,8 @@ from stable_baselines3.common.utils import get_parameters_by_name
 from torch import Tensor
 from torch.nn import functional as F
 
+from sb3_rfm.actors import FlowActor, squash, unsquash
+from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictBuffer, scalar_keys
 from sb3_rfm.execution import (
     ExecutionMode,
@@ -40,7 +42,7 @@ from sb3_rfm.execution import (
 )
 from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentAlgorithm
-from sb3_rfm.policies import CnnPolicy, FlowActor, FlowPolicy, MlpPolicy, MultiInputPolicy, QCritic, squash, unsquash
+from sb3_rfm.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean
 
 SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")

@@ -7,8 +7,8 @@ Source: Psenka et al., Q-score matching (arXiv 2312.11752). The regression is no
 import torch as th
 from torch import Tensor
 
+from sb3_rfm.actors import LATENT_BOUND
 from sb3_rfm.flow_actor_critic import FlowActorCritic
-from sb3_rfm.policies import LATENT_BOUND
 from sb3_rfm.posterior import LogProb, PosteriorMean, value_and_gradient
 
 

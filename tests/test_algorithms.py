@@ -13,8 +13,8 @@ from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
 from sb3_rfm import DQS, QNE, QSM, RFM, posterior
+from sb3_rfm.actors import LATENT_BOUND
 from sb3_rfm.flow_actor_critic import FlowActorCritic
-from sb3_rfm.policies import LATENT_BOUND
 
 ALGORITHMS = [RFM, QNE, DQS, QSM]
 TINY: dict[str, Any] = {

@@ -1,0 +1,186 @@
+"""The flow as an actor: a bounded prediction of the data end of the path, and latents drawn with it.
+
+The flow lives in an unbounded latent ``u`` with action ``a = tanh(u)``. The actor predicts ``E[u_1 | u_t]`` with a bounded
+output: every sampling step then moves towards a bounded point, and integration cannot diverge whatever the weights are.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import Tensor, nn
+
+from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
+from sb3_rfm.paths import Path, get_path
+from sb3_rfm.persistence import PersistentModel
+from sb3_rfm.samplers import denoise, langevin, time_grid
+
+LATENT_BOUND = 4.0
+"""Largest latent a flow can predict; tanh(4) = 0.9993."""
+
+
+def squash(latents: Tensor) -> Tensor:
+    """Actions in (-1, 1) of latents, of any shape."""
+    return th.tanh(latents)
+
+
+def unsquash(actions: Tensor) -> Tensor:
+    """Latents of actions, clipped to the range that a flow can predict."""
+    limit = np.tanh(LATENT_BOUND).item()
+    return th.atanh(actions.clamp(-limit, limit))
+
+
+class BoundedPolicy(PersistentModel, BasePolicy):
+    """A policy whose actions never leave their box by a rounding, however small, large or degenerate it is."""
+
+    def scale_action(self, action: np.ndarray) -> np.ndarray:
+        """Rescale actions from the action space to [-1, 1]; 0 where the box has no extent."""
+        low, high, dtype = self._bounds()
+        # In halves, because the extent of a box may be more than the largest number.
+        extent = 0.5 * high - 0.5 * low
+        share = (0.5 * action - 0.5 * low) / np.where(extent > 0, extent, 1.0)
+        return np.where(extent > 0, np.clip(2 * share - 1, -1, 1), 0.0).astype(dtype)
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """Rescale actions from [-1, 1] to the action space."""
+        low, high, dtype = self._bounds()
+        share = 0.5 * (np.asarray(scaled_action, np.float64) + 1)
+        # The bounds are clipped to in their own precision: rounded to it, a number below one may be above it.
+        return np.clip(((1 - share) * low + share * high).astype(dtype), low.astype(dtype), high.astype(dtype))
+
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray, Any]:
+        box = self.action_space
+        assert isinstance(box, spaces.Box)
+        return box.low.astype(np.float64), box.high.astype(np.float64), box.dtype
+
+
+class FlowActor(BoundedPolicy):
+    """The flow: a bounded prediction of the data end of the path at ``(s, u_t, t)``, and the sampler that follows it.
+
+    On its own it is a policy of one particle; the deterministic one starts from the centre of the source.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Widths of the hidden layers
+    :param features_extractor: Network that turns observations into features
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param normalize_images: Whether to divide images by 255
+    :param path: Probability path of the flow
+    :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"``
+    :param integration_steps: Steps from noise to action
+    :param t_min: Time at which sampling starts
+    """
+
+    features_extractor: BaseFeaturesExtractor
+    optimizer: th.optim.Optimizer
+    network: ConditionalMLP
+    times: Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: BaseFeaturesExtractor,
+        features_dim: int,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        normalize_images: bool = True,
+        path: str | Path = "cond_ot",
+        sampler: str = "ode",
+        integration_steps: int = 5,
+        t_min: float = 0.01,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
+        self.action_dim = get_action_dim(action_space)
+        self.time_embedding = TimeEmbedding()
+        self.network = ConditionalMLP(
+            features_dim, self.action_dim + self.time_embedding.dim, self.action_dim, net_arch, activation_fn
+        )
+        self.configure_sampling(path, sampler, integration_steps, t_min)
+
+    def configure_sampling(self, path: str | Path, sampler: str, integration_steps: int, t_min: float) -> None:
+        """Choose how latents are drawn from the flow; see the class for the parameters."""
+        self.path, self.sampler, self.integration_steps, self.t_min = path, sampler, integration_steps, t_min
+        self._path = get_path(path)
+        self.register_buffer("times", time_grid(integration_steps, t_min, device=self.device), persistent=False)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            net_arch=self.net_arch,
+            features_extractor=self.features_extractor,
+            features_dim=self.features_dim,
+            activation_fn=self.activation_fn,
+            path=self.path,
+            sampler=self.sampler,
+            integration_steps=self.integration_steps,
+            t_min=self.t_min,
+        )
+        return data
+
+    def features(self, obs: PyTorchObs) -> Tensor:
+        """Features of observations, (B, F)."""
+        return self.extract_features(obs, self.features_extractor)
+
+    def predict_data(self, encoded: Tensor, latents: Tensor, t: Tensor, reduced: bool = False) -> Tensor:
+        """``E[u_1 | u_t]``, within ``LATENT_BOUND``.
+
+        :param encoded: ``network.encode(features)``, (B, H)
+        :param latents: ``u_t``, (B, D) or (B, P, D)
+        :param t: Times, (B,) for (B, D), or a scalar for all
+        :param reduced: See :meth:`ConditionalMLP.decode`
+        :return: Shape of ``latents``
+        """
+        embedding = self.time_embedding(t)
+        embedding = embedding.expand(latents.shape[:-1] + embedding.shape[-1:])
+        output = self.network.decode(encoded, th.cat([latents, embedding], dim=-1), reduced)
+        return LATENT_BOUND * th.tanh(output / LATENT_BOUND)
+
+    def sample_latents(self, features: Tensor, noise: Tensor, deterministic: bool = False, reduced: bool = False) -> Tensor:
+        """Carry noise to latents ``u_1`` along the flow.
+
+        :param features: Actor features, (B, F)
+        :param noise: Source samples, (B, P, D)
+        :param deterministic: Follow the ODE whatever the sampler; it has the same marginals and draws no noise
+        :param reduced: See :meth:`ConditionalMLP.decode`
+        :return: (B, P, D)
+        """
+        encoded = self.network.encode(features)
+        times = self.times
+
+        def data_prediction(x: Tensor, t: Tensor) -> Tensor:
+            return self.predict_data(encoded, x, t, reduced)
+
+        x = self._path.sigma(times[0]) * noise
+        if self.sampler == "langevin" and not deterministic:
+            # At the last noise level before the data, where the path's density is nearly the target's own.
+            t = times[-2]
+            alpha, sigma = self._path.alpha(t), self._path.sigma(t)
+            x = langevin(lambda u: (alpha * data_prediction(u, t) - u) / sigma**2, x, 0.5 * sigma**2, self.integration_steps)
+            return data_prediction(x, t)
+        noise_scale = 1.0 if self.sampler == "sde" and not deterministic else 0.0
+        return denoise(data_prediction, x, times, self._path, noise_scale)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
+        return self._predict(obs, deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        features = self.features(observation)
+        shape = (len(features), 1, self.action_dim)
+        noise = (th.zeros if deterministic else th.randn)(shape, device=features.device)
+        return squash(self.sample_latents(features, noise, deterministic)[:, 0])
