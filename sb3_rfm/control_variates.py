@@ -91,9 +91,10 @@ def _shrink(weights: Tensor, values: Tensor, stein: Tensor, upper: float) -> Ten
     """:func:`fit_scalar` within [0, upper], shrunk by its own uncertainty.
 
     A regression with coefficient of determination ``R^2`` and ``nu`` degrees of freedom knows its slope to a relative squared
-    error of ``(1 - R^2) / (R^2 nu)``; the slope of least expected squared error is the fitted one over one plus that. The
-    candidates enter by ``W^2``, so their number is the effective one of squared weights. A quarter of the
-    degrees of freedom is counted, because errors are larger than those of a linear model with independent residuals.
+    error of ``(1 - R^2) / (R^2 nu)``; the slope of least expected squared error is the fitted one over one plus that. Of the
+    degrees of freedom, each effective candidate but the first brings one for each dimension, and the slope takes one.
+    Candidates enter by ``W^2``, so their effective number is that of squared weights; two always count, the heaviest and the
+    next.
     """
     squared = weights.square()
     values = values - weighted_mean(weights, values).unsqueeze(1)
@@ -104,7 +105,7 @@ def _shrink(weights: Tensor, values: Tensor, stein: Tensor, upper: float) -> Ten
     correlation = _ratio(covariance, variance.sqrt()) / _positive((squared * values.square().sum(-1)).sum(1)).sqrt()
     determination = correlation.square().clamp(max=1)
     n_effective = squared.sum(1).square() / _positive(squared.square().sum(1))
-    freedom = 0.25 * values.shape[-1] * (n_effective - 1).clamp(min=1e-3)
+    freedom = (values.shape[-1] * (n_effective - 1).clamp(min=1) - 1).clamp(min=1e-3)
     shrinkage = determination / _positive(determination + (1 - determination) / freedom)
     return shrinkage * _ratio(-covariance, variance).clamp(0.0, upper)
 

@@ -1,16 +1,20 @@
 """From a trained field to samples: ODE, reverse SDE and Langevin dynamics.
 
-Three ways to draw from p1, with times that run from noise (t = 0) to data (t = 1):
+Four ways to draw from p1, with times that run from noise (t = 0) to data (t = 1):
 
 - :func:`integrate_ode` follows any velocity ``v(x, t)``;
+- :func:`integrate_sde` follows a velocity and a score, for any source: the marginals of ``dx = v dt`` are also those of
+  ``dx = (v + d^2/2 grad log p_t) dt + d dW``, whatever the diffusion ``d(t)``;
 - :func:`denoise` follows a *data* prediction ``E[x_1 | x_t]`` of any path; as every step is a convex-like combination of
   the state and the prediction, a bounded prediction cannot make it diverge;
 - :func:`langevin` follows a score at one fixed noise level.
 
-Sources: Song et al., DDIM (arXiv 2010.02502), eq. 12; Song et al., score SDEs (arXiv 2011.13456);
+Sources: Song et al., DDIM (arXiv 2010.02502), eq. 12; Song et al., score SDEs (arXiv 2011.13456); Albergo et al., Stochastic
+interpolants (arXiv 2303.08797), section 2.4, for the SDE of any source;
 Roberts & Tweedie (1996) for Langevin dynamics.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -35,9 +39,7 @@ def time_grid(n_steps: int, t_min: float = 0.0, t_max: float = 1.0, device: torc
     return torch.linspace(t_min, t_max, n_steps + 1, device=device)
 
 
-def integrate_ode(
-    velocity: Field, x: Tensor, times: Tensor, method: Literal["euler", "midpoint", "heun"] = "euler"
-) -> Tensor:
+def integrate_ode(velocity: Field, x: Tensor, times: Tensor, method: Literal["euler", "midpoint", "heun"] = "euler") -> Tensor:
     """Integrate ``dx/dt = v(x, t)`` over a grid of times.
 
     :param velocity: ``v(x, t)``
@@ -49,7 +51,7 @@ def integrate_ode(
     """
     if method not in ("euler", "midpoint", "heun"):
         raise ValueError(f"Unknown ODE method {method!r}: expected 'euler', 'midpoint' or 'heun'.")
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in itertools.pairwise(times):
         dt = t_next - t
         v = velocity(x, t)
         if method == "midpoint":
@@ -57,6 +59,31 @@ def integrate_ode(
         elif method == "heun":
             v = 0.5 * (v + velocity(x + dt * v, t_next))
         x = x + dt * v
+    return x
+
+
+def integrate_sde(
+    velocity: Field,
+    score: Field,
+    x: Tensor,
+    times: Tensor,
+    diffusion: Callable[[Tensor], Tensor],
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Integrate ``dx = (v + d^2/2 grad log p_t) dt + d dW`` over a grid of times by Euler-Maruyama.
+
+    :param velocity: ``v(x, t)``
+    :param score: ``grad log p_t(x)``
+    :param x: State at ``times[0]``, (B, ..., D)
+    :param times: Increasing times, (N + 1,)
+    :param diffusion: ``d(t)`` of a scalar tensor; 0 → the probability-flow ODE
+    :param generator: Source of the noise
+    :return: State at ``times[-1]``, (B, ..., D)
+    """
+    for t, t_next in itertools.pairwise(times):
+        dt, d = t_next - t, diffusion(t)
+        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        x = x + dt * (velocity(x, t) + 0.5 * d**2 * score(x, t)) + d * dt.sqrt() * noise
     return x
 
 

@@ -1,0 +1,104 @@
+"""The sampling examples run on a small budget, and learn something."""
+
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up by name
+    import sys
+
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_boltzmann_2d(tmp_path: Path) -> None:
+    module = load("boltzmann_2d")
+    rows = module.main(["--densities", "moons", "--updates", "60", "--samples", "200", "--runs", str(tmp_path)])
+    by_coefficient = {row["coefficient"]: row for row in rows}
+    assert set(by_coefficient) == {"noise", "gradient", "optimal"}
+    exact = module.moons().samples
+    untrained = module.wasserstein_2(torch.randn(200, 2, generator=torch.Generator().manual_seed(0)), exact[:200])
+    assert by_coefficient["optimal"]["W2"] < untrained
+    assert (tmp_path / "boltzmann_2d_moons.png").stat().st_size > 10_000
+    assert len((tmp_path / "boltzmann_2d.csv").read_text().splitlines()) == 4
+
+
+def test_densities_of_flows_and_distances_are_right() -> None:
+    """The flow to N(0.3, 0.5^2) in closed form: samples, log-densities, and an effective sample size near 1."""
+    module = load("boltzmann_2d")
+
+    class Exact(module.DataMean):  # type: ignore[name-defined]
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            a, s = t[:, None], 1 - t[:, None]
+            return 0.3 + a * 0.25 / (a**2 * 0.25 + s**2) * (x_t - a * 0.3)
+
+    torch.manual_seed(0)
+    samples, log_q, trajectories = module.sample(Exact(1.0), 500)
+    target = module.Target(
+        lambda x: -0.5 * ((x - 0.3) / 0.5).square().sum(-1), 0.3 + 0.5 * torch.randn(500, 2), torch.tensor([[0.3, 0.3]]), 2.0
+    )
+    result = module.assess(target, samples, log_q)
+    assert result["ESS"] > 0.99 and result["modes"] == 1
+    assert result["W2"] < 0.2 and abs(result["MMD^2"]) < 0.02
+    normalised = -0.5 * ((samples - 0.3) / 0.5).square().sum(-1) - math.log(2 * math.pi * 0.25)
+    assert (log_q - normalised).abs().mean() < 0.05
+    assert trajectories.shape == (61, 500, 2)
+
+
+def test_wasserstein_is_that_of_a_shift() -> None:
+    module = load("boltzmann_2d")
+    x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    assert module.wasserstein_2(x, x + torch.tensor([3.0, 4.0])) == pytest.approx(5.0, rel=1e-5)
+
+
+def test_many_well_32d(tmp_path: Path) -> None:
+    rows = load("many_well_32d").main(["--updates", "15", "--samples", "60", "--runs", str(tmp_path)])
+    exact = rows[0]
+    assert exact["ESS"] == pytest.approx(1.0)
+    assert all(row["W2"] > exact["W2"] for row in rows[1:])
+    assert (tmp_path / "many_well_32d.png").stat().st_size > 10_000
+
+
+def test_the_estimator_benchmark(tmp_path: Path) -> None:
+    from sb3_rfm.benchmark import estimator
+
+    arguments = ["--rows", "24", "--candidates", "16", "32", "--times", "0.2", "0.8", "--output", str(tmp_path)]
+    rows = estimator.main(["--densities", "gaussian-6-1", "critic-1-0.1", *arguments])
+    optimal = [row for row in rows if row["rule"] == "optimal"]
+    assert len(optimal) == 16 and all(math.isfinite(row["mse"]) for row in rows)
+    exact = [r for r in optimal if r["density"].startswith("Gaussian") and r["candidates"] == "localised"]
+    assert all(row["mse"] < 1e-2 * row["mean squared velocity"] for row in exact)
+    for name in ("errors.csv", "equivalence.csv", "rules.md", "equivalence.md", "errors.png"):
+        assert (tmp_path / name).stat().st_size > 100
+
+
+@pytest.mark.parametrize("name", ["crescents", "forty-modes", "many-well", "gaussian-8-10"])
+def test_the_benchmark_knows_the_truth(name: str) -> None:
+    """Posterior means against averages over exact samples of the density, weighted by p(x_t | x_1)."""
+    from sb3_rfm.benchmark import estimator
+
+    density = estimator.densities()[name]()
+    generator = torch.Generator().manual_seed(0)
+    t = 0.15
+    pool = density.sample(40_000, generator).double()
+    x_t = t * density.sample(8, generator) + (1 - t) * torch.randn(8, density.dim, generator=generator)
+    log_weights = -0.5 * torch.cdist(x_t.double(), t * pool).square() / (1 - t) ** 2
+    weights = torch.softmax(log_weights, 1)
+    mean = weights @ pool
+    error = (
+        weights.square() @ pool.square() - 2 * mean * (weights.square() @ pool) + mean**2 * weights.square().sum(1)[:, None]
+    ).sqrt()
+    z = (density.data_mean(x_t, t) - mean) / error
+    assert z.abs().max() < 5.5  # the largest of up to 256

@@ -1,0 +1,148 @@
+"""Samplers on Gaussian targets, where fields and marginals are known in closed form."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Laplace
+
+from sb3_rfm.paths import PATHS, CondOTPath, Path, get_path
+from sb3_rfm.posterior import PosteriorMeanEstimator
+from sb3_rfm.samplers import denoise, integrate_ode, integrate_sde, langevin, time_grid
+
+MEAN, STD = 0.8, 0.5
+N = 20_000
+
+
+def data_prediction(path: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    """``E[x_1 | x_t]`` for p1 = N(MEAN, STD^2) and a standard Gaussian source."""
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        return MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
+
+    return predict
+
+
+def velocity(path: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        return path.convert(data_prediction(path)(x, t), x, t.expand(len(x)), source="data", target="velocity")
+
+    return field
+
+
+def start(path: Path, times: Tensor) -> Tensor:
+    """Exact samples at the first time."""
+    generator = torch.Generator().manual_seed(0)
+    x_0, x_1 = torch.randn(2, N, 1, dtype=torch.float64, generator=generator)
+    return path.interpolate(x_0, MEAN + STD * x_1, times[0].expand(N))
+
+
+def assert_target(x: Tensor, path: Path, t: Tensor, bias: float = 0.0) -> None:
+    """Mean and standard deviation are those of the marginal at ``t``, to 4.5 standard errors plus ``bias``."""
+    alpha, sigma = float(path.alpha(t)), float(path.sigma(t))
+    std = math.sqrt(alpha**2 * STD**2 + sigma**2)
+    assert abs(float(x.mean()) - alpha * MEAN) < 4.5 * std / math.sqrt(N) + bias
+    assert abs(float(x.std()) - std) < 4.5 * std / math.sqrt(2 * N) + bias
+
+
+@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("method", ["midpoint", "heun"])
+def test_the_ode_carries_noise_to_data(name: str, method: str) -> None:
+    path = get_path(name)
+    times = time_grid(60, 0.02, 0.98).double()
+    x = integrate_ode(velocity(path), start(path, times), times, method=method)  # type: ignore[arg-type]
+    assert_target(x, path, times[-1], bias=5e-3)
+
+
+def test_orders_of_convergence() -> None:
+    """Halving the step divides Euler's error by 2, and that of midpoint and Heun by 4 (or better, as midpoint does here)."""
+    path = CondOTPath()
+    x = torch.tensor([[-1.0], [2.0]], dtype=torch.float64)
+
+    def solve(method: str, n_steps: int) -> Tensor:
+        return integrate_ode(velocity(path), x, time_grid(n_steps, 0.1, 0.9).double(), method=method)  # type: ignore[arg-type]
+
+    exact = solve("heun", 2000)
+    ratio = {}
+    for method in ("euler", "midpoint", "heun"):
+        coarse, fine = ((solve(method, n) - exact).abs().max() for n in (40, 80))
+        ratio[method] = float(coarse / fine)
+    assert ratio["euler"] == pytest.approx(2.0, rel=0.1)
+    assert ratio["heun"] == pytest.approx(4.0, rel=0.1)
+    assert ratio["midpoint"] > 3.6
+
+
+@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("noise_scale", [0.0, 0.5, 1.0])
+def test_one_denoiser_is_ode_and_reverse_sde(name: str, noise_scale: float) -> None:
+    path = get_path(name)
+    times = time_grid(150, 0.02, 0.98).double()
+    generator = torch.Generator().manual_seed(1)
+    x = denoise(data_prediction(path), start(path, times), times, path, noise_scale, generator)
+    assert_target(x, path, times[-1], bias=2e-2)
+
+
+def test_denoising_without_noise_is_euler_on_the_straight_path() -> None:
+    path, times = CondOTPath(), time_grid(7, 0.01, 0.99).double()
+    x = start(path, times)[:50]
+    torch.testing.assert_close(
+        denoise(data_prediction(path), x, times, path), integrate_ode(velocity(path), x, times), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_denoising_ends_at_the_last_prediction_and_stays_within_bounded_ones() -> None:
+    path, times = CondOTPath(), time_grid(5, 0.01, 1.0)
+    x = denoise(lambda x, t: torch.sign(x), 50 * torch.randn(100, 2), times, path)
+    assert (x.abs() == 1).all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_the_sde_has_the_marginals_of_the_ode(size: float) -> None:
+    path, times = CondOTPath(), time_grid(300, 0.02, 0.98).double()
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return path.convert(data_prediction(path)(x, t), x, t.expand(len(x)), source="data", target="score")
+
+    generator = torch.Generator().manual_seed(2)
+    x = integrate_sde(velocity(path), score, start(path, times), times, lambda t: size * (1 - t).sqrt(), generator)
+    assert_target(x, path, times[-1], bias=1e-2)
+
+
+def test_a_laplace_source_is_carried_to_the_target_by_estimated_fields() -> None:
+    """Velocity and score of a source that is not Gaussian come from the estimator itself (reverse score matching)."""
+    source = Laplace(torch.tensor(0.0, dtype=torch.float64), 1.0)
+    estimator = PosteriorMeanEstimator("cond_ot", 32, "optimal", source=source, data_scale=1.0)
+    generator = torch.Generator().manual_seed(3)
+
+    def fields(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        result = estimator(lambda y: -0.5 * ((y - MEAN) / STD).square().sum(-1), x, t.expand(len(x)), generator)
+        return result.velocity, result.score
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        x = source.sample((1000, 1))
+    times = time_grid(25, 0.03, 0.97).double()
+    x = integrate_sde(
+        lambda x, t: fields(x, t)[0], lambda x, t: fields(x, t)[1], x, times, lambda t: (1 - t).sqrt(), generator
+    )
+    assert float(x.mean()) == pytest.approx(0.97 * MEAN, abs=0.06)
+    assert float(x.std()) == pytest.approx(0.97 * STD, abs=0.06)
+
+
+def test_langevin_dynamics_sample_their_score() -> None:
+    x = torch.zeros(5000, 1, dtype=torch.float64)
+    x = langevin(lambda x: -(x - MEAN) / STD**2, x, 0.01, 300, torch.Generator().manual_seed(4))
+    assert float(x.mean()) == pytest.approx(MEAN, abs=0.04)
+    assert float(x.std()) == pytest.approx(STD, abs=0.03)
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="n_steps=0"):
+        time_grid(0)
+    with pytest.raises(ValueError, match="t_min < t_max"):
+        time_grid(5, 0.9, 0.1)
+    with pytest.raises(ValueError, match="'rk4'"):
+        integrate_ode(lambda x, t: x, torch.zeros(1, 1), time_grid(2), method="rk4")  # type: ignore[arg-type]
