@@ -48,16 +48,19 @@ class Rewindable(gym.Wrapper):
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
-        self._generator = np.random.default_rng()
+        self._generator: np.random.Generator | None = None
         self._episode: dict[str, Any] = {"seed": None, "options": None}
         self._actions: list[Any] = []
         self._observation: Any = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        if seed is not None:
+            self._generator = np.random.default_rng(seed)
+        elif self._generator is None:
+            # The environment may have been seeded before it was wrapped; then this, too, follows from that seed.
+            self._generator = np.random.default_rng(int.from_bytes(self.unwrapped.np_random.bytes(8), "little"))
         if seed is None:
             seed = int(self._generator.integers(2**31))
-        else:
-            self._generator = np.random.default_rng(seed)
         self._episode, self._actions = {"seed": seed, "options": options}, []
         self._observation, info = self.env.reset(seed=seed, options=options)
         return self._observation, info
@@ -69,6 +72,7 @@ class Rewindable(gym.Wrapper):
 
     def get_run_state(self) -> dict[str, Any]:
         """What :meth:`set_run_state` needs to bring another instance into this state."""
+        assert self._generator is not None, "reset the environment first"
         return {
             "generator": self._generator.bit_generator.state,
             "episode": self._episode,
@@ -81,6 +85,7 @@ class Rewindable(gym.Wrapper):
         self.reset(**state["episode"])
         for action in state["actions"]:
             self.step(action)
+        self._generator = np.random.default_rng()
         self._generator.bit_generator.state = state["generator"]
         if not _equal(self._observation, state["observation"]):
             warnings.warn(

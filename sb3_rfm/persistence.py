@@ -1,6 +1,7 @@
 """Loading saved models without running code that the file brings, and resuming interrupted runs."""
 
 import contextlib
+import copy
 import io
 import pathlib
 import zipfile
@@ -148,6 +149,14 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         checkpoint.restore_env(vec_env, state)
         checkpoint.set_random_state(model, state["random"])
         return model
+
+    def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
+        noise = copy.deepcopy(self.action_noise)
+        result = super()._setup_learn(total_timesteps, *args, **kwargs)
+        if self.num_timesteps > 0:
+            # Where the run goes on in the middle of an episode, so does the noise, which SB3 has just reset.
+            self.action_noise = noise
+        return result
 
     @property
     def remaining_timesteps(self) -> int:

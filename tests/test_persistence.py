@@ -1,0 +1,361 @@
+"""Saving, loading and resuming: the same policy comes back, no code of the file runs, and a killed run goes on."""
+
+import base64
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
+from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
+
+from sb3_rfm import DQS, QNE, QSM, RFM, Rewindable, RunCheckpoint, safe_pickle
+from sb3_rfm.actors import FlowActor
+from sb3_rfm.checkpoint import checkpoints
+from sb3_rfm.policies import FlowPolicy
+from sb3_rfm.safe_pickle import RefusedError
+
+ALGORITHMS = [RFM, QNE, DQS, QSM]
+TINY: dict[str, Any] = {
+    "learning_starts": 10,
+    "batch_size": 16,
+    "buffer_size": 300,
+    "n_candidates": 4,
+    "n_particles": 3,
+    "integration_steps": 3,
+    "policy_kwargs": {"net_arch": [16]},
+    "execution": "eager",
+    "seed": 0,
+    "device": "cpu",
+}
+OBSERVATIONS = np.random.default_rng(0).uniform(-1, 1, (16, 3)).astype(np.float32)
+
+
+def state(model: Any) -> bytes:
+    buffer = model.replay_buffer
+    tensors = [*model.policy.state_dict().values()]
+    tensors += [v for o in (model.actor.optimizer, model.critic.optimizer) for s in o.state.values() for v in s.values()]
+    arrays = [buffer.actions, buffer.rewards, *(tensor.numpy() for tensor in tensors)]
+    return b"".join(array.tobytes() for array in arrays)
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_loaded_model_acts_and_learns_as_the_saved_one(algorithm: Any, tmp_path: Path) -> None:
+    model = algorithm("MlpPolicy", "Pendulum-v1", **TINY, path="cosine", sampler="sde", t_min=0.02).learn(30)
+    model.save(tmp_path / "model")
+    loaded = algorithm.load(tmp_path / "model", env=model.get_env(), tau=0.5)
+    assert (loaded.path, loaded.sampler, loaded.t_min, loaded.tau) == ("cosine", "sde", 0.02, 0.5)
+    before, after = (m.predict(OBSERVATIONS, deterministic=True)[0] for m in (model, loaded))
+    np.testing.assert_array_equal(before, after)
+    assert loaded.policy.temperature == model.policy.temperature
+    loaded.learn(20)
+    assert os.path.getsize(tmp_path / "model.zip") < 200_000
+
+
+def test_parameters_can_be_read_and_written(tmp_path: Path) -> None:
+    first, second = (RFM("MlpPolicy", "Pendulum-v1", **(TINY | {"seed": seed})) for seed in (0, 1))
+    second.set_parameters(first.get_parameters())
+    np.testing.assert_array_equal(*(m.predict(OBSERVATIONS, deterministic=True)[0] for m in (first, second)))
+    first.save(tmp_path / "model")
+    RFM("MlpPolicy", "Pendulum-v1", **(TINY | {"seed": 2})).set_parameters(str(tmp_path / "model"))
+
+
+def test_policy_and_actor_can_be_saved_alone(tmp_path: Path) -> None:
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY).learn(20)
+    model.policy.save(str(tmp_path / "policy"))
+    model.actor.save(str(tmp_path / "actor"))
+    policy, actor = FlowPolicy.load(str(tmp_path / "policy")), FlowActor.load(str(tmp_path / "actor"))
+    for saved, loaded in ((model.policy, policy), (model.actor, actor)):
+        before, after = (network.predict(OBSERVATIONS, deterministic=True)[0] for network in (saved, loaded))
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"PK\x03\x04 truncated"])
+def test_other_files_are_not_models(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "file.zip"
+    path.write_bytes(content)
+    for load in (RFM.load, RFM.resume, FlowPolicy.load):
+        with pytest.raises(ValueError, match=r"file.zip (is not|was not)"):
+            load(str(path))
+
+
+def test_other_archives_are_not_models(tmp_path: Path) -> None:
+    path = tmp_path / "file.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("letter.txt", "Dear reader")
+    with pytest.raises(ValueError, match=r"not a saved model.*letter.txt"):
+        RFM.load(path)
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        RFM.resume(path)
+
+
+def test_truncated_and_damaged_files_are_named(tmp_path: Path) -> None:
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY)
+    model.learn(20, callback=RunCheckpoint(10, tmp_path / "run"))
+    model.save(tmp_path / "model.zip")
+    for path, load in ((tmp_path / "model.zip", RFM.load), (checkpoints(tmp_path / "run")[-1], RFM.resume)):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=path.name):
+            load(path)
+        damaged = bytearray(content)
+        damaged[len(content) // 2] ^= 0xFF
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=path.name):
+            load(path)
+
+
+# Files that bring code
+
+
+class Bomb:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.target}",)
+
+
+def replace_member(path: Path, member: str, value: object) -> None:
+    """Put a pickled object into the JSON of a saved model."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    data = json.loads(members["data"])
+    data[member] = {":type:": "?", ":serialized:": base64.b64encode(pickle.dumps(value)).decode()}
+    members["data"] = json.dumps(data).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def test_a_malicious_model_runs_nothing(tmp_path: Path) -> None:
+    path, target = tmp_path / "model.zip", tmp_path / "boom"
+    RFM("MlpPolicy", "Pendulum-v1", **TINY).save(path)
+    replace_member(path, "learning_rate", Bomb(target))
+    with pytest.raises(RefusedError, match=r"learning_rate.*(posix|nt)\.system"):
+        RFM.load(path)
+    assert not target.exists()
+    # What the caller replaces is not read, and what the caller trusts is.
+    assert RFM.load(path, custom_objects={"learning_rate": 1e-3}).learning_rate == 1e-3
+    assert not target.exists()
+    RFM.load(path, trusted=True)
+    assert target.exists()
+
+
+@pytest.mark.parametrize("member", ["state.pkl", "replay_buffer.pkl"])
+def test_a_malicious_checkpoint_runs_nothing(member: str, tmp_path: Path) -> None:
+    target = tmp_path / "boom"
+    RFM("MlpPolicy", "Pendulum-v1", **TINY).learn(20, callback=RunCheckpoint(10, tmp_path))
+    (path,) = checkpoints(tmp_path)[-1:]
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members[member] = pickle.dumps(Bomb(target))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(RefusedError, match=rf"{member}.*system"):
+        RFM.resume(path)
+    assert not target.exists()
+
+
+def test_a_malicious_policy_or_buffer_runs_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "boom"
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY)
+    th.save({"state_dict": {}, "data": Bomb(target)}, tmp_path / "policy")
+    with pytest.raises(RefusedError, match="system"):
+        FlowPolicy.load(str(tmp_path / "policy"))
+    (tmp_path / "buffer.pkl").write_bytes(pickle.dumps(Bomb(target)))
+    with pytest.raises(RefusedError, match="system"):
+        model.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        ("builtins", "eval"),
+        ("builtins", "getattr"),
+        ("builtins", "__import__"),
+        ("os", "system"),
+        ("subprocess", "Popen"),
+        ("importlib", "import_module"),
+        ("functools", "partial"),
+        ("operator", "attrgetter"),
+        ("cloudpickle.cloudpickle", "_make_function"),
+        ("numpy", "load"),
+        ("numpy", "memmap"),
+        ("torch", "load"),
+        ("torch", "compile"),
+        ("torch.nn.modules.module", "partial"),
+        ("torch.optim.optimizer", "Callable"),
+        ("torch.hub", "load"),
+        ("stable_baselines3.common.buffers", "np.load"),
+        ("stable_baselines3.common.save_util", "load_from_pkl"),
+        ("sb3_rfm.rfm", "RFM"),
+        ("sb3_rfm.policies", "FlowPolicy.load"),
+        ("sb3_rfm.safe_pickle", "AllowListUnpickler"),
+        ("module_that_does_not_exist", "anything"),
+    ],
+)
+def test_everything_that_is_not_data_is_refused(reference: tuple[str, str]) -> None:
+    with pytest.raises(RefusedError):
+        safe_pickle.resolve(*reference)
+
+
+def test_own_functions_need_trust(tmp_path: Path) -> None:
+    RFM("MlpPolicy", "Pendulum-v1", **TINY, learning_rate=lambda progress: 1e-3 * progress).save(tmp_path / "model")
+    with pytest.raises(RefusedError, match=r"learning_rate|lr_schedule"):
+        RFM.load(tmp_path / "model")
+    assert RFM.load(tmp_path / "model", trusted=True).learning_rate(0.5) == 5e-4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"learning_rate": LinearSchedule(1e-3, 1e-4, 0.5)},
+        {"action_noise": OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1))},
+        {"action_noise": VectorizedActionNoise(NormalActionNoise(np.zeros(1), np.ones(1)), 1)},
+        {"policy_kwargs": {"net_arch": [8], "activation_fn": th.nn.SiLU, "optimizer_class": th.optim.RMSprop}},
+        {"train_freq": (1, "episode"), "coefficient": [0.5], "n_steps": 3},
+    ],
+)
+def test_what_users_pass_is_read_without_trust(arguments: dict[str, Any], tmp_path: Path) -> None:
+    model = RFM("MlpPolicy", "Pendulum-v1", **(TINY | arguments))
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    RFM.load(tmp_path / "model", env=model.get_env()).load_replay_buffer(tmp_path / "buffer")
+
+
+# Resuming
+
+
+def same_after_resume(make_env: Any, folder: Path, policy: str = "MlpPolicy", steps: int = 60, **arguments: Any) -> None:
+    model = RFM(policy, make_env(), **(TINY | arguments))
+    model.learn(steps, callback=RunCheckpoint(17, folder, keep_last=None))
+    middle = checkpoints(folder)[0]
+    assert model.num_timesteps > 0
+    resumed = RFM.resume(middle, env=make_env())
+    assert resumed.num_timesteps < model.num_timesteps
+    resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False)
+    assert resumed.num_timesteps == model.num_timesteps
+    assert state(resumed) == state(model)
+
+
+def test_resume_vectorised_normalised_stacked(tmp_path: Path) -> None:
+    def make_env() -> VecNormalize:
+        return VecNormalize(VecFrameStack(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2), 2))
+
+    same_after_resume(make_env, tmp_path, steps=120, action_noise=OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1)))
+
+
+def test_resume_goals(tmp_path: Path) -> None:
+    def make_env() -> gym.Env:
+        return gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=4, continuous=True), 10)
+
+    same_after_resume(make_env, tmp_path, "MultiInputPolicy", replay_buffer_class=HerReplayBuffer)
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "dm_control/cartpole-swingup-v0"])
+def test_resume_mujoco(env_id: str, tmp_path: Path) -> None:
+    pytest.importorskip("mujoco")
+    if env_id.startswith("dm_control"):
+        pytest.importorskip("shimmy")
+    same_after_resume(lambda: gym.make(env_id), tmp_path, "MultiInputPolicy" if "dm" in env_id else "MlpPolicy")
+
+
+def test_resume_makes_plain_environments_itself(tmp_path: Path) -> None:
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY)
+    model.learn(40, callback=RunCheckpoint(20, tmp_path, keep_last=None))
+    resumed = RFM.resume(checkpoints(tmp_path)[0])
+    resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False)
+    assert state(resumed) == state(model)
+    with pytest.raises(ValueError, match="RFM, not of QNE"):
+        QNE.resume(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        RFM.resume(tmp_path.parent)
+
+
+def test_resume_refuses_other_versions(tmp_path: Path) -> None:
+    RFM("MlpPolicy", "Pendulum-v1", **TINY).learn(12, callback=RunCheckpoint(20, tmp_path))
+    (path,) = checkpoints(tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["run.json"] = members["run.json"].replace(b'"version": 1', b'"version": 99')
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match="format 99; this version reads 1"):
+        RFM.resume(path)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    RFM("MlpPolicy", "Pendulum-v1", **TINY).learn(50, callback=RunCheckpoint(10, tmp_path, keep_last=3))
+    assert [path.name for path in checkpoints(tmp_path)] == [f"checkpoint_{n}_steps.zip" for n in (30, 40, 50)]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_environments_that_are_not_deterministic_are_noticed(tmp_path: Path) -> None:
+    class Dice(gym.Env):
+        observation_space, action_space = gym.spaces.Box(0, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+            return np.float32([int.from_bytes(os.urandom(4)) / 2**32]), {}
+
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            return self.reset()[0], 0.0, False, False, {}
+
+    RFM("MlpPolicy", Dice(), **TINY).learn(12, callback=RunCheckpoint(20, tmp_path))
+    with pytest.warns(UserWarning, match="not deterministic"):
+        RFM.resume(tmp_path, env=Dice())
+
+
+def test_a_rewindable_environment_returns_to_its_state() -> None:
+    first, second = (Rewindable(gym.make("Pendulum-v1")) for _ in range(2))
+    first.reset(seed=3)
+    for _ in range(2):
+        for _ in range(5):
+            first.step(first.action_space.sample())
+        saved = pickle.loads(pickle.dumps(first.get_run_state()))
+        second.set_run_state(saved)
+        action = first.action_space.sample()
+        np.testing.assert_array_equal(first.step(action)[0], second.step(action)[0])
+        np.testing.assert_array_equal(first.reset()[0], second.reset()[0])
+
+
+def test_killed_runs_end_as_if_never_killed() -> None:
+    script = Path(__file__).parent / "kill_and_resume.py"
+    command = [sys.executable, str(script), "--kills", "5", "--steps", "150", "--save-freq", "10"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "5 kills" in result.stdout
+
+
+def test_buffers_are_stored_without_their_empty_part() -> None:
+    from sb3_rfm.checkpoint import _BufferPickler
+
+    model = RFM("MlpPolicy", "Pendulum-v1", **(TINY | {"buffer_size": 100_000})).learn(20)
+    file = io.BytesIO()
+    _BufferPickler(file, model.replay_buffer).dump(model.replay_buffer)
+    assert file.tell() < 20_000
+    file.seek(0)
+    restored = safe_pickle.load(file)
+    np.testing.assert_array_equal(restored.observations, model.replay_buffer.observations)
+    assert restored.pos == 20
