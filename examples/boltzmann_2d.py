@@ -91,6 +91,8 @@ class DataMean(nn.Module):
     :param scale: Frequency of the features
     """
 
+    frequencies: Tensor
+
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.register_buffer("frequencies", scale * torch.randn(2, 64))

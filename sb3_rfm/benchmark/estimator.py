@@ -3,6 +3,7 @@
 .. code-block:: bash
 
     python -m sb3_rfm.benchmark.estimator                    # writes docs/results/estimator/
+    python -m sb3_rfm.benchmark.estimator --densities --critic shimmy:dm_control/cheetah-run-v0 --output docs/results/critic
     python -m sb3_rfm.benchmark.estimator --rows 32 --candidates 16 32 --densities crescents --output /tmp/estimator
 
 For each density, ``x_t`` is drawn along the conditional-OT path, the exact velocity comes from a closed form or quadrature
@@ -174,29 +175,21 @@ class ManyWell(Density):
         return mean
 
 
-class RandomCritic(Density):
-    """``Q(tanh u) / temperature + log sech^2 u`` for a random network Q with unit spread over uniform actions."""
+class Critic(Density):
+    """``Q(tanh u) / temperature + log sech^2 u``, with the truth from many localised candidates."""
 
     reference = "8192 localised candidates"
 
-    def __init__(self, dim: int, temperature: float) -> None:
-        super().__init__(f"random critic, {dim}-D, temperature {temperature:g}", dim)
+    def __init__(self, name: str, dim: int) -> None:
+        super().__init__(name, dim)
         generator = torch.Generator().manual_seed(dim)
-        self.layers = []
-        for n_in, n_out in ((dim, 128), (128, 128), (128, 1)):
-            weight = torch.randn(n_out, n_in, generator=generator) * math.sqrt(2 / n_in)
-            self.layers.append((weight, 0.5 * torch.randn(n_out, generator=generator)))
-        self.scale = 1.0
-        self.scale = 1 / (float(self.q(2 * torch.rand(4000, dim, generator=generator) - 1).std()) * temperature)
         self.pool = torch.atanh((2 * torch.rand(50_000, dim, generator=generator) - 1).clamp(-1 + 1e-6, 1 - 1e-6))
         log_q = torch.cat([self.q(torch.tanh(u)) for u in self.pool.split(2000)])
         self.chances = torch.softmax(log_q, 0)
 
+    @abstractmethod
     def q(self, action: Tensor) -> Tensor:
-        """(..., D) → (...)."""
-        (w_1, b_1), (w_2, b_2), (w_3, _) = self.layers
-        hidden = torch.relu(torch.relu(action @ w_1.T + b_1) @ w_2.T + b_2)
-        return (hidden @ w_3.T).squeeze(-1) * self.scale
+        """Q over temperature, (..., D) → (...)."""
 
     def log_prob(self, x: Tensor) -> Tensor:
         return self.q(torch.tanh(x)) + log_sech2(x).sum(-1)
@@ -214,11 +207,64 @@ class RandomCritic(Density):
         estimator = PosteriorMeanEstimator(PATH, 8192, data_scale=1.0)
         generator, means = torch.Generator().manual_seed(seed), []
         for row in x_t.split(1):
-            at, guess = torch.full((1,), t), None
-            for _ in range(2):
-                guess = estimator(self.log_prob, row, at, generator, guess).x1
-            means.append(guess)
+            at = torch.full((1,), t)
+            guess = estimator(self.log_prob, row, at, generator).x1
+            means.append(estimator(self.log_prob, row, at, generator, guess).x1)
         return torch.cat(means)
+
+
+class RandomCritic(Critic):
+    """A random network Q with unit spread over uniform actions."""
+
+    def __init__(self, dim: int, temperature: float) -> None:
+        generator = torch.Generator().manual_seed(dim)
+        self.layers = []
+        for n_in, n_out in ((dim, 128), (128, 128), (128, 1)):
+            weight = torch.randn(n_out, n_in, generator=generator) * math.sqrt(2 / n_in)
+            self.layers.append((weight, 0.5 * torch.randn(n_out, generator=generator)))
+        self.scale = 1.0
+        self.scale = 1 / (float(self.q(2 * torch.rand(4000, dim, generator=generator) - 1).std()) * temperature)
+        super().__init__(f"random critic, {dim}-D, temperature {temperature:g}", dim)
+
+    def q(self, action: Tensor) -> Tensor:
+        """(..., D) → (...)."""
+        (w_1, b_1), (w_2, b_2), (w_3, _) = self.layers
+        hidden = torch.relu(torch.relu(action @ w_1.T + b_1) @ w_2.T + b_2)
+        return (hidden @ w_3.T).squeeze(-1) * self.scale
+
+
+class TrainedCritic(Critic):
+    """The critics of a trained model at one observation.
+
+    :param model: Trained RFM model
+    :param observation: (1, ...)
+    :param temperature: λ
+    """
+
+    def __init__(self, model: Any, observation: Any, temperature: float) -> None:
+        self.critic, self.temperature = model.critic, temperature
+        with torch.no_grad():
+            self.encoded = self.critic.encode(self.critic.features(observation))
+        name = f"critic of {model.env_name}, temperature {temperature:.3g}"
+        super().__init__(name, model.action_space.shape[0])
+
+    def q(self, action: Tensor) -> Tensor:
+        return self.critic.min_q(self.encoded, action.reshape(1, -1, self.dim)).view(action.shape[:-1]) / self.temperature
+
+
+def trained_critics(env: str, steps: int, n_states: int) -> list[list[Density]]:
+    """Train RFM at its defaults and take its critics at states of its replay buffer.
+
+    :return: For each of two temperatures, the model's own and a fifth of it, one density for each state
+    """
+    from sb3_rfm import RFM
+
+    model: Any = RFM("MlpPolicy", env, seed=0, device="cpu").learn(steps)
+    model.env_name = env.split("/")[-1]
+    model.policy.set_training_mode(False)
+    states = [model.replay_buffer.sample(1).observations for _ in range(n_states)]
+    own = float(model.policy.temperature)
+    return [[TrainedCritic(model, state, temperature) for state in states] for temperature in (own, own / 5)]
 
 
 def crescents(x: Tensor) -> Tensor:
@@ -350,7 +396,7 @@ def measure(density: Density, times: Iterable[float], candidates: Sequence[int],
                     # On this path v = (x_t - mu_0) / t.
                     error = (sample.estimate(rule(sample)) - mean_0[part]) / t
                     errors[name] += float(error.square().sum()) / n_rows
-            for name, error in errors.items():
+            for name, mse in errors.items():
                 rows.append(
                     {
                         "density": density.name,
@@ -359,13 +405,22 @@ def measure(density: Density, times: Iterable[float], candidates: Sequence[int],
                         "t": t,
                         "K": n,
                         "rule": name,
-                        "mse": error,
+                        "mse": mse,
                         "mean squared velocity": size,
                         "ess": ess,
                         "reference error": getattr(density, "reference_error", 0.0),
                     }
                 )
     return rows
+
+
+def average(groups: list[list[Row]]) -> list[Row]:
+    """Averages over densities of the same family, measured in the same cells."""
+    numbers = ("mse", "mean squared velocity", "ess", "reference error")
+    return [
+        {**cell[0], **{key: sum(row[key] for row in cell) / len(cell) for key in numbers}}
+        for cell in zip(*groups, strict=True)
+    ]
 
 
 def ratios(rows: list[Row]) -> list[Row]:
@@ -503,10 +558,13 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     :return: Errors with their ratios
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--densities", nargs="+", default=list(densities()), choices=list(densities()), metavar="NAME")
+    parser.add_argument("--densities", nargs="*", default=list(densities()), choices=list(densities()), metavar="NAME")
     parser.add_argument("--times", nargs="+", type=float, default=TIMES, metavar="T")
     parser.add_argument("--candidates", nargs="+", type=int, default=CANDIDATES, metavar="K")
     parser.add_argument("--rows", type=int, default=256, help="points x_t in each cell")
+    parser.add_argument("--critic", metavar="ENV", help="train RFM on this environment and take its critic")
+    parser.add_argument("--critic-steps", type=int, default=10_000, help="environment steps of that training")
+    parser.add_argument("--critic-states", type=int, default=16, help="replayed states at which its critic is taken")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("docs/results/estimator"))
     args = parser.parse_args(argv)
@@ -519,6 +577,12 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         n_rows = min(args.rows, 48) if density.reference.endswith("candidates") else args.rows
         rows += measure(density, args.times, args.candidates, n_rows, args.seed)
         print(f"{density.name}: {time.perf_counter() - began:.0f} s", flush=True)
+    if args.critic:
+        for group in trained_critics(args.critic, args.critic_steps, args.critic_states):
+            began = time.perf_counter()
+            n_rows = max(1, min(args.rows, 64) // len(group))
+            rows += average([measure(d, args.times, args.candidates, n_rows, args.seed + i) for i, d in enumerate(group)])
+            print(f"{group[0].name}: {time.perf_counter() - began:.0f} s", flush=True)
     measured = ratios(rows)
     write_csv(args.output / "errors.csv", rows)
     tables = summarise(measured)
