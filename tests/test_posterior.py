@@ -262,6 +262,24 @@ def test_the_four_parametrisations_tell_the_same(name: str) -> None:
             torch.testing.assert_close(converted, expected, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("coefficient", [0.4, (0.2, 0.9)], ids=str)
+def test_noise_and_data_posteriors_are_one(problem: tuple[Tensor, Tensor, Candidates], coefficient: object) -> None:
+    """s_0 = -(sigma/alpha) s_1 and Lambda_0 = (alpha/sigma)^2 Lambda_1, here from the data posterior's own formulae."""
+    x_t, t, candidates = problem
+    estimator = PosteriorMeanEstimator("cosine", 9, coefficient)  # type: ignore[arg-type]
+    result = estimator.estimate(MIXTURE.log_prob, x_t, t, candidates)
+    alpha, sigma = (f(t)[:, None, None] for f in (estimator.path.alpha, estimator.path.sigma))
+    x_1 = ((x_t[:, None] - sigma * candidates.x_0) / alpha).requires_grad_(True)
+    # log q(x_1 | x_t) = log p1(x_1) + log p0((x_t - alpha x_1) / sigma)
+    log_q = MIXTURE.log_prob(x_1) + Normal(0.0, 1.0).log_prob((x_t[:, None] - alpha * x_1) / sigma).sum(-1)
+    (s_1,) = torch.autograd.grad(log_q.sum(), x_1)
+    proposal = Normal(0.0, 1.0).log_prob(candidates.x_0).sum(-1) - candidates.log_ratio  # type: ignore[operator]
+    weights = torch.softmax(log_q.detach() - proposal, 1)
+    coefficient_1 = (sigma / alpha).squeeze(1) ** 2 * result.coefficient
+    x_1_mean = weighted_mean(weights, x_1.detach() + coefficient_1[:, None] * s_1)
+    torch.testing.assert_close(result.x1, x_1_mean)
+
+
 def test_batches_are_made_of_independent_rows(problem: tuple[Tensor, Tensor, Candidates]) -> None:
     x_t, t, candidates = problem
     estimator = PosteriorMeanEstimator("cosine", 9)
