@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sb3_rfm.benchmark.suites import SETTINGS, SUITES, get_setting, get_tasks, parse_overrides
@@ -49,6 +50,20 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", default="Benchmark of sb3_rfm")
 
 
+def add_speed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--paper", action="store_true", help="the paper's settings too")
+    parser.add_argument("--curves", action="store_true", help="cost curves too; compiling for every point takes a while")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="what to measure; everything that is installed by default")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--execution", choices=["auto", "eager", "compile", "cuda_graph"], help="replaces the algorithms' default"
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="two short rounds, to see whether it works")
+    parser.add_argument("--out", type=Path, default=Path("results/speed"), help="folder of table, JSON and figures")
+
+
 def run(args: argparse.Namespace) -> int:
     """Do the runs that are not finished yet."""
     from sb3_rfm.benchmark.records import RunFolder
@@ -79,6 +94,36 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
+def speed(args: argparse.Namespace) -> int:
+    """Measure, print the table and write it with the figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sb3_rfm.benchmark import cost, speed
+    from sb3_rfm.benchmark.cases import available, cores
+
+    console = Console()
+    conditions = speed.Conditions(threads=args.threads, device=args.device, execution=args.execution, rounds=args.rounds)
+    if args.quick:
+        conditions = replace(conditions, rounds=2, seconds=0.02, memory_steps=110)
+    cases = args.cases or available(args.paper)
+    unknown = set(cases) - set(available(paper=True))
+    if unknown:
+        raise ValueError(f"Unknown or not installed: {sorted(unknown)}; available are {available(paper=True)}.")
+    with cores(args.threads), console.status("") as status:
+        result = speed.measure(list(dict.fromkeys([*cases, speed.REFERENCE])), conditions, status.update)
+        speed.write(args.out, result)
+    table = Table(*speed.header(), box=None)
+    for row in speed.rows(result):
+        table.add_row(*row)
+    console.print(table)
+    if args.curves:
+        with cores(args.threads), console.status("") as status:
+            cost.write(args.out, result.setup, cost.measure(conditions, report=status.update))
+    console.print(f"Written to {args.out}/")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -89,11 +134,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     add_run(commands.add_parser("run", help="learn and evaluate: algorithms × tasks × seeds"))
     add_report(commands.add_parser("report", help="tables, learning curves and statistics of a results folder"))
+    add_speed(commands.add_parser("speed", help="updates, steps and predictions per second, and memory"))
     args = parser.parse_args(argv)
     # A scheduler's SIGTERM is handled like Ctrl-C: the processes of the runs are stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return {"run": run, "report": report}[args.command](args)
+        return {"run": run, "report": report, "speed": speed}[args.command](args)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

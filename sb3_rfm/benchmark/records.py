@@ -150,12 +150,12 @@ class RunFolder:
         status = self.status
         return bool(status["state"] == "finished" and status["step"] >= self.spec.steps)
 
-    def describe(self, arguments: dict[str, Any]) -> None:
+    def describe(self, **what: Any) -> None:
         """Add to the configuration what the run is done with."""
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         config = self.config
         sessions = [*config.get("sessions", []), started]
-        write_json(self.path / "config.json", config | {"arguments": arguments} | provenance() | {"sessions": sessions})
+        write_json(self.path / "config.json", config | what | provenance() | {"sessions": sessions})
 
     def set_status(self, **values: Any) -> None:
         write_json(self.path / "status.json", self.status | values)

@@ -188,8 +188,15 @@ def render(
     ]
     if left_out:
         facts.append(f"{left_out} unfinished runs left out")
-    arguments = runs.drop_duplicates("algo").set_index("algo")["arguments"]
-    settings = [f"{algo}: {'its defaults' if arguments[algo] == '{}' else arguments[algo]}" for algo in results.algos]
+    settings = [
+        f"{run.algo}: {'its defaults' if run.arguments == '{}' else run.arguments}"
+        + (
+            ""
+            if pd.isna(run.evaluation_particles)
+            else f", the best of {run.evaluation_particles:.0f} particles in evaluations"
+        )
+        for run in runs.drop_duplicates("algo").set_index("algo", drop=False).loc[results.algos].itertuples()
+    ]
     seeds = runs.assign(
         task=runs["env_id"].map(figures.short),
         hours=(runs["wall_clock"] / 3600).map("{:.2f}".format),

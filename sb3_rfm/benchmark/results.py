@@ -60,6 +60,7 @@ class Results:
                 | {"commit": config.get("commit"), "started": (config.get("sessions") or [None])[0]}
                 | {"interruptions": len(config.get("sessions", [None])) - 1}
                 | {name: json.dumps(config.get(name, {})) for name in ("arguments", "versions", "machine")}
+                | {"evaluation_particles": config.get("evaluation_particles")}
             )
         if not runs:
             raise ValueError(f"There are no evaluated runs in {root}.")

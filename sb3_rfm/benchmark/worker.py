@@ -206,7 +206,7 @@ def run(path: Path, checkpoint_every: int = 10_000, keep_checkpoint: bool = Fals
             return
         spec = folder.spec
         setting = get_setting(spec.algo, spec.arguments)
-        folder.describe(setting.arguments)
+        folder.describe(**vars(setting))
         model = build_model(folder, spec, setting)
         recorder = Recorder(folder, Evaluator(spec, setting.evaluation_particles), checkpoint_every)
         recorder.continue_from(model.num_timesteps)
