@@ -1,0 +1,383 @@
+"""The benchmark: its statistics, its results folder, runs that are interrupted, and what it writes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from scipy import stats
+
+from sb3_rfm import RFM
+from sb3_rfm.benchmark import cost, figures, report, speed, statistics
+from sb3_rfm.benchmark.__main__ import main
+from sb3_rfm.benchmark.cases import Sizes
+from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec
+from sb3_rfm.benchmark.results import Results
+from sb3_rfm.benchmark.runner import Sweep, plan
+from sb3_rfm.benchmark.suites import DMC8, SETTINGS, Setting, get_algorithm, get_setting, get_tasks, make_env, parse_overrides
+from sb3_rfm.benchmark.worker import BUSY, STOPPED, Evaluator, build_model
+
+# Statistics
+
+
+def test_mean_has_the_interval_of_the_t_test() -> None:
+    values = np.random.default_rng(0).normal(3.0, 2.0, 5)
+    expected = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert statistics.mean(values) == pytest.approx((values.mean(), expected.low, expected.high))
+    assert np.isnan(statistics.mean(values[:1]).low)
+
+
+def test_interquartile_mean_ignores_the_outer_quarters() -> None:
+    scores = [np.array([0.2, -1e9, 0.4, 0.3]), np.array([0.1, 1e9, 0.35, 0.25])]
+    assert statistics.interquartile_mean(scores).value == pytest.approx(np.mean([0.2, 0.25, 0.3, 0.35]))
+
+
+def test_probability_of_improvement_is_that_of_mann_and_whitney() -> None:
+    rng = np.random.default_rng(1)
+    x, y = rng.integers(0, 5, 7).astype(float), rng.integers(0, 5, 6).astype(float)
+    u = stats.mannwhitneyu(x, y).statistic
+    there, back = statistics.probability_of_improvement([x], [y]), statistics.probability_of_improvement([y], [x])
+    assert there.value == pytest.approx(u / (7 * 6))
+    assert there.value + back.value == pytest.approx(1.0)
+    assert there.low <= there.value <= there.high
+
+
+def test_performance_profile_falls_from_one_to_zero() -> None:
+    profile = statistics.performance_profile([np.array([0.2, 0.4]), np.array([0.6, 0.8])], np.array([0.0, 0.5, 1.0]))
+    assert [estimate.value for estimate in profile] == [1.0, 0.5, 0.0]
+
+
+def test_intervals_agree_with_rliable() -> None:
+    library, metrics = pytest.importorskip("rliable.library"), pytest.importorskip("rliable.metrics")
+    rng = np.random.default_rng(2)
+    scores = rng.beta(2, 3, (10, 4))  # (runs, tasks)
+    other = rng.beta(3, 3, (10, 4))
+    np.random.seed(0)  # noqa: NPY002 (what rliable draws from)
+    points, intervals = library.get_interval_estimates(
+        {"x": scores}, lambda s: np.array([metrics.aggregate_iqm(s)]), reps=5000
+    )
+    ours = statistics.interquartile_mean(list(scores.T))
+    assert ours.value == pytest.approx(points["x"][0])
+    assert (ours.low, ours.high) == pytest.approx(intervals["x"].ravel(), abs=0.01)
+    points, intervals = library.get_interval_estimates(
+        {"x": (scores, other)}, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), reps=2000
+    )
+    ours = statistics.probability_of_improvement(list(scores.T), list(other.T))
+    assert ours.value == pytest.approx(points["x"][0])
+    assert (ours.low, ours.high) == pytest.approx(intervals["x"].ravel(), abs=0.02)
+
+
+# What is run
+
+
+def test_every_setting_is_accepted_by_its_algorithm() -> None:
+    for label, setting in SETTINGS.items():
+        arguments = {k: v for k, v in setting.arguments.items() if k != "action_noise"}
+        get_algorithm(label.partition(":")[0])("MlpPolicy", "Pendulum-v1", **{**arguments, "buffer_size": 10})
+
+
+def test_overrides_are_literals_for_all_algorithms_or_for_one() -> None:
+    items = ["tau=0.01", "qne.path=cosine", "qne.policy_kwargs={'net_arch': [64]}"]
+    assert parse_overrides(items, ["rfm", "qne"]) == {
+        "rfm": {"tau": 0.01},
+        "qne": {"tau": 0.01, "path": "cosine", "policy_kwargs": {"net_arch": [64]}},
+    }
+    for wrong in ("tau", "=1", "sac.tau=1"):
+        with pytest.raises(ValueError, match="expects argument=value"):
+            parse_overrides([wrong], ["rfm"])
+
+
+def test_names_are_resolved_and_refused() -> None:
+    assert [task.env_id for task in get_tasks("dmc8")] == [f"dm_control/{name}-v0" for name in DMC8]
+    assert get_tasks("walker-run", 7)[0].steps == 7
+    assert get_setting("rfm:cold", {"temperature": 0.01}).arguments == {"temperature": 0.01}
+    assert get_setting("qne:paper", {"n_candidates": 3}).arguments["n_candidates"] == 3
+    with pytest.raises(ValueError, match="Unknown setting 'rfm:cold'"):
+        get_setting("rfm:cold", {})
+    with pytest.raises(ValueError, match="Unknown algorithm 'ppo'"):
+        get_setting("ppo", {})
+
+
+def test_plan_does_the_first_seed_of_everything_first() -> None:
+    specs = plan(get_tasks("classic"), ["rfm", "sac"], range(2), arguments={"rfm": {"tau": 0.1}})
+    assert [spec.seed for spec in specs] == [0] * 4 + [1] * 4
+    assert specs[0].arguments == {"tau": 0.1} and specs[1].arguments == {}
+    assert len({spec.name for spec in specs}) == 8
+
+
+# The results folder
+
+
+def spec(**values: object) -> RunSpec:
+    defaults = {"algo": "rfm", "env_id": "Pendulum-v1", "seed": 0, "steps": 100, "eval_every": 50, "eval_episodes": 2}
+    return RunSpec(**{**defaults, **values})  # type: ignore[arg-type]
+
+
+def test_a_folder_keeps_to_its_run(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, spec())
+    assert folder.spec == spec() and folder.status["state"] == "new" and not folder.finished
+    folder.set_status(state="finished", step=100)
+    assert RunFolder.create(tmp_path, spec(steps=50)).finished, "a run is never shortened"
+    assert not RunFolder.create(tmp_path, spec(steps=200)).finished, "it is taken up again for more steps"
+    with pytest.raises(ValueError, match="eval_episodes': 2"):
+        RunFolder.create(tmp_path, spec(eval_episodes=3))
+
+
+def test_evaluations_are_read_as_they_were_written(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, spec())
+    evaluations = [Evaluation(0, 1.5, 0.5, [1.25, -3.0]), Evaluation(50, 9.0, 7.0, [2.0, 4.0])]
+    folder.write_evaluations(evaluations)
+    assert folder.read_evaluations() == evaluations
+    assert sorted(path.name for path in folder.path.iterdir()) == ["config.json", "evaluations.csv"]
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three algorithms on two tasks with three seeds, one run unfinished."""
+    root, rng = tmp_path_factory.mktemp("results"), np.random.default_rng(0)
+    for task in ("dm_control/walker-run-v0", "Pendulum-v1"):
+        for level, algo in enumerate(("rfm", "qne:paper", "sac")):
+            for seed in range(3):
+                folder = RunFolder.create(root, spec(algo=algo, env_id=task, seed=seed))
+                folder.describe(**vars(SETTINGS.get(algo, Setting())))
+                returns = [rng.normal(100 * level + step, 5, 2).tolist() for step in (0, 50, 100)]
+                if (task, algo, seed) == ("Pendulum-v1", "sac", 2):
+                    returns.pop()
+                else:
+                    folder.set_status(state="finished", step=100)
+                folder.write_evaluations([Evaluation(50 * i, 60.0 * i, 50.0 * i, r) for i, r in enumerate(returns)])
+    return root
+
+
+def test_results_are_the_same_from_folders_and_from_tables(made_up: Path, tmp_path: Path) -> None:
+    results = Results.load(made_up)
+    results.save(tmp_path)
+    again = Results.load(tmp_path)
+    assert again.algos == results.algos == ["rfm", "qne:paper", "sac"]
+    for task in results.tasks:
+        for algo in results.algos:
+            np.testing.assert_allclose(again.at(50).final(task, algo), results.at(50).final(task, algo), rtol=1e-4)
+    assert len(results.at(None).final("Pendulum-v1", "sac")) == 2, "the unfinished run is left out"
+    assert len(results.at(50).final("Pendulum-v1", "sac")) == 3, "but not at a step that it has reached"
+    with pytest.raises(ValueError, match="No run is that far"):
+        results.at(70)
+
+
+def test_report_writes_tables_pictures_and_one_page(made_up: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(made_up), "--out", str(tmp_path), "--title", "A <title>"]) == 0
+    written = capsys.readouterr().out.split()
+    assert all(Path(file).stat().st_size > 0 for file in written)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "A &lt;title&gt;" in page and "1 unfinished runs left out" in page
+    assert page.count("<img") == 5 and page.count('src="data:image/svg+xml') == 5
+    assert "http" not in page and "$" not in page, "self-contained, and every place filled"
+    table = (tmp_path / "final_returns.md").read_text(encoding="utf-8")
+    assert "| walker-run |" in table and "[" in table
+    final = report.final_table(Results.load(made_up).at(None))
+    assert final.set_index(["env_id", "algo"]).loc[("Pendulum-v1", "sac"), "seeds"] == 2
+    assert main(["report", str(tmp_path), "--at-step", "50", "--out", str(tmp_path / "again")]) == 0
+
+
+def test_scores_of_unknown_tasks_are_between_untrained_and_best(tmp_path: Path) -> None:
+    for algo, final in (("rfm", 30.0), ("sac", 20.0)):
+        folder = RunFolder.create(tmp_path, spec(algo=algo, env_id="Some-v0"))
+        folder.write_evaluations([Evaluation(0, 1, 1, [10.0, 10.0]), Evaluation(100, 2, 2, [final, final])])
+        folder.set_status(state="finished", step=100)
+    results = Results.load(tmp_path)
+    assert results.scores("rfm", ["Some-v0"])[0] == pytest.approx([1.0])
+    assert results.scores("sac", ["Some-v0"])[0] == pytest.approx([0.5])
+
+
+# Evaluation and runs
+
+
+def test_evaluation_depends_on_seed_and_step_and_leaves_training_alone() -> None:
+    model = RFM("MlpPolicy", "Pendulum-v1", seed=0, buffer_size=100)
+    evaluate = Evaluator(spec(), particles=3)
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    first = evaluate(model, 50)
+    assert evaluate(model, 50) == first and evaluate(model, 100) != first
+    assert Evaluator(spec(seed=1))(model, 50) != Evaluator(spec())(model, 50)
+    assert model.policy.n_particles == model.n_particles
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert np.array_equal(state[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_control_suite_observations_are_flat() -> None:
+    pytest.importorskip("shimmy")
+    assert make_env("dm_control/walker-walk-v0").observation_space.shape == (24,)
+
+
+def test_number_as_action_noise(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, spec(algo="qsm:paper"))
+    model = build_model(folder, folder.spec, get_setting("qsm:paper", {"buffer_size": 10}))
+    assert model.action_noise is not None and model.action_noise().shape == (1,)
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+TINY = {"learning_starts": 60, "execution": "eager"}
+
+
+def worker(folder: RunFolder) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sb3_rfm.benchmark.worker", str(folder.path), "--checkpoint-every", "30"]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+
+
+def wait_until(condition: object, seconds: float = 300.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("algo", ["rfm", "sac"])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path: Path, algo: str) -> None:
+    arguments = TINY if algo == "rfm" else {"learning_starts": 60}
+    wanted = spec(algo=algo, steps=250, eval_every=50, arguments=arguments)
+    whole, broken = RunFolder.create(tmp_path / "a", wanted), RunFolder.create(tmp_path / "b", wanted)
+    assert worker(whole).wait() == 0
+    for sign, status in ((signal.SIGTERM, STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
+        process, start = worker(broken), broken.status["step"]
+        wait_until(lambda start=start, process=process: broken.status["step"] >= start + 70 or process.poll() is not None)
+        process.send_signal(sign)
+        assert process.wait() == status
+    process = worker(broken)
+    assert process.wait() == 0 and broken.finished and not broken.checkpoint.exists()
+    assert [e.returns for e in broken.read_evaluations()] == [e.returns for e in whole.read_evaluations()]
+    assert [e.step for e in whole.read_evaluations()] == [0, 50, 100, 150, 200, 250]
+    assert len(broken.config["sessions"]) == 3
+
+
+@pytest.mark.parametrize("n_seeds", [int(os.environ.get("SB3_RFM_SWEEP_SEEDS", "1"))])
+def test_a_sweep_survives_kills(tmp_path: Path, n_seeds: int) -> None:
+    algos = ["rfm", "qne", "dqs", "qsm", "sac"]
+    command = [sys.executable, "-m", "sb3_rfm.benchmark", "run", "--suite", "Pendulum-v1", "--algos", *algos]
+    command += ["--seeds", str(n_seeds), "--steps", "150", "--eval-every", "50", "--eval-episodes", "2", "--jobs", "2"]
+    command += ["--checkpoint-every", "20", "--out", str(tmp_path), "--set", "learning_starts=60"]
+    command += [f"{algo}.execution=eager" for algo in algos[:4]]
+
+    def statuses() -> Iterator[dict]:
+        return (json.loads(file.read_text()) for file in tmp_path.rglob("status.json"))
+
+    def some_in_the_middle() -> bool:
+        states = list(statuses())
+        return any(s["state"] == "finished" for s in states) and any(60 < s["step"] < 130 for s in states)
+
+    sweep = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    wait_until(some_in_the_middle)
+    sweep.terminate()
+    assert sweep.wait() == 130
+    assert any(s["state"] == "running" for s in statuses())
+    finished = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("status.json") if '"finished"' in file.read_text()}
+    output = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+    assert f"{5 * n_seeds} runs, {len(finished)} of them finished before" in output
+    assert all(file.stat().st_mtime_ns == when for file, when in finished.items()), "finished runs are not done again"
+    assert sum(s["state"] == "finished" for s in statuses()) == 5 * n_seeds
+    assert len(Results.load(tmp_path).at(None).runs) == 5 * n_seeds
+
+
+class ScriptedEngine:
+    """Ends every run at once, with the exit statuses of a script."""
+
+    jobs = 2
+
+    def __init__(self, *script: int) -> None:
+        self.script = list(script)
+        self.started: list[str] = []
+
+    def start(self, folder: RunFolder) -> "ScriptedEngine":
+        self.started.append(folder.spec.name)
+        self.folder = folder
+        return self
+
+    def poll(self) -> int:
+        status = self.script.pop(0)
+        if status == 0:
+            self.folder.set_status(state="finished", step=100, wall_clock=10.0, last_return=1.0)
+        return status
+
+
+@pytest.mark.parametrize(
+    ("script", "n_started", "n_failed"),
+    [((0,), 1, 0), ((-9, STOPPED, 0), 3, 0), ((-9, -9, -9, -9), 4, 1), ((1,), 1, 1), ((BUSY, 0), 2, 0)],
+)
+def test_what_becomes_of_a_run_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: tuple[int, ...], n_started: int, n_failed: int
+) -> None:
+    monkeypatch.setattr("sb3_rfm.benchmark.runner.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("sb3_rfm.benchmark.runner.BUSY_RETRY_SECONDS", 0.0)
+    engine = ScriptedEngine(*script)
+    sweep = Sweep([RunFolder.create(tmp_path, spec())], engine, Console(quiet=True))
+    assert len(sweep.run()) == n_failed
+    assert len(engine.started) == n_started
+    assert Sweep(sweep.folders, engine, Console(quiet=True)).run() == [] or n_failed
+
+
+def test_remaining_time_and_table(tmp_path: Path) -> None:
+    folders = [RunFolder.create(tmp_path, spec(seed=seed)) for seed in range(3)]
+    folders[0].set_status(state="finished", step=100, wall_clock=50.0, last_return=1.0)
+    sweep = Sweep(folders, ScriptedEngine(), Console(width=120))
+    assert sweep.remaining({}) == pytest.approx(2 * 50.0 / 2)
+    with sweep.console.capture() as capture:
+        sweep.console.print(sweep.table())
+    assert "1 of 3 finished" in capture.get()
+
+
+def test_wrong_arguments_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["run", "--algos", "ppo"], ["run", "--set", "nonsense"], ["report", "/nonexistent"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "error:" in capsys.readouterr().err
+
+
+# Speed
+
+
+def test_speed_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--quick", "--execution", "eager", "--cases", "rfm", "--threads", "1", "--out", str(tmp_path)]
+    assert main(["speed", *arguments]) == 0
+    content = json.loads((tmp_path / "speed.json").read_text())
+    assert set(content["summary"]) == set(speed.QUANTITIES)
+    assert all(value["median"] > 0 for cases in content["summary"].values() for value in cases.values())
+    assert content["summary"]["updates"]["sac"]["ratio"] == 1.0
+    assert "rfm" in capsys.readouterr().out and (tmp_path / "speed.png").exists()
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    result = speed.Measurements({})
+    for factor in (1.0, 10.0, 3.0):  # a machine whose speed drifts
+        result.add("updates", "sac", 100 * factor)
+        result.add("updates", "rfm", 150 * factor)
+    assert result.ratio("updates", "rfm") == pytest.approx(1.5)
+
+
+def test_operations_are_counted_by_precision() -> None:
+    with cost.CountFlops() as counter:
+        torch.randn(3, 5) @ torch.randn(5, 7)
+        torch.nn.functional.linear(torch.randn(2, 4).bfloat16(), torch.randn(6, 4).bfloat16())
+    assert counter.flops == {"float32": 2 * 3 * 5 * 7, "bfloat16": 2 * 2 * 4 * 6}
+
+
+def test_cost_grows_with_candidates_and_is_drawn_above_its_bound(tmp_path: Path) -> None:
+    sizes = Sizes(obs_dim=3, action_dim=2, batch=8, width=32)
+    conditions = speed.Conditions(sizes, threads=1, execution="eager", rounds=2, seconds=0.01)
+    points = cost.measure(conditions, {"n_candidates": ("K", [4, 64]), "batch": ("B", [8])})
+    few, many, _ = points
+    assert sum(many.flops.values()) > sum(few.flops.values())
+    assert all(0 < point.bound < np.median(point.seconds) for point in points)
+    cost.write(tmp_path, {}, points)
+    assert (tmp_path / "cost_curves.png").exists() and (tmp_path / "cost_curves.json").exists()
+
+
+def test_labels_of_one_algorithm_differ_in_their_lines() -> None:
+    labels = ["qne", "qne:paper", "sac"]
+    assert figures.style("qne", labels)["color"] == figures.style("qne:paper", labels)["color"]
+    assert figures.style("qne", labels) != figures.style("qne:paper", labels)
