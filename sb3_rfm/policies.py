@@ -184,8 +184,8 @@ class FlowPolicy(BoundedPolicy):
         if noise.shape[1] == 1:
             return squash(latents[:, 0])
         q = self.critic.min_q(self.critic.encode(critic_features), squash(latents))
-        index = self.choose_index(q, deterministic).unsqueeze(-1)
-        return squash(th.take_along_dim(latents, index, dim=1).squeeze(1))
+        index = self.choose_index(q, deterministic).unsqueeze(-1).expand(-1, -1, latents.shape[-1])
+        return squash(latents.gather(1, index).squeeze(1))
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._predict(obs, deterministic=deterministic)
