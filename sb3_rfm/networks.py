@@ -78,9 +78,11 @@ class ConditionalMLP(nn.Module):
         # Pre-activations of the mean query (B, 1, H), and what each query adds to them (B, K, H).
         z = encoded.unsqueeze(1) + F.linear(centre, weight)
         dz = F.linear(x - centre, weight)
-        for activation, layer in zip(self.hidden[0::2], self.hidden[1::2], strict=True):
+        modules = list(self.hidden)
+        for activation, layer in zip(modules[0::2], modules[1::2], strict=True):
             h = activation(z)
             dh = (activation(z + dz) - h).bfloat16()
+            assert isinstance(layer, nn.Linear)
             z, dz = layer(h), F.linear(dh, layer.weight.bfloat16()).float()
         if isinstance(self.last, nn.Identity):
             return z + dz
