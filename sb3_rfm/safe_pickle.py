@@ -62,6 +62,9 @@ CLASSES_OF = (
 BIT_GENERATORS = {"MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64"}
 
 
+TRUST = "If you know where the file comes from, pass trusted=True"
+
+
 class RefusedError(ValueError):
     """A file asks for something that is not on the list."""
 
@@ -151,6 +154,9 @@ def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = ()
         raise ValueError(f"{name} is not a saved model: its 'data' is not a JSON object.")
     if trusted:
         return
+    if "env" in data:
+        # SB3 saves none, but would make one from its name, which may name any module to import.
+        raise RefusedError(f"{name} brings an environment, {data['env']!r}: {TRUST}")
     for member, value in data.items():
         if isinstance(value, dict) and ":serialized:" in value and member not in custom_objects:
             try:
@@ -177,6 +183,6 @@ def check_torch_file(path: str) -> None:
 def refusal(what: str, reference: str) -> str:
     """Text of the error for a reference that is not on the list."""
     return (
-        f"The {what} refers to {reference}, which is not among the data types that are read without trust. If you know where "
-        "the file comes from, pass trusted=True; members of a saved model may also be replaced by custom_objects."
+        f"The {what} refers to {reference}, which is not among the data types that are read without trust. {TRUST}; members "
+        "of a saved model may also be replaced by custom_objects."
     )

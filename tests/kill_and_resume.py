@@ -15,6 +15,7 @@ import random
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch as th
@@ -51,7 +52,6 @@ def train(options: argparse.Namespace, folder: Path) -> None:
             seed=0,
         )
         remaining = options.steps
-    (folder / "started").touch()
     callback = RunCheckpoint(options.save_freq, folder)
     model.learn(remaining, callback=callback, reset_num_timesteps=model.num_timesteps == 0)
     (folder / "digest").write_text(digest(model))
@@ -90,20 +90,20 @@ def run(options: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory() as temporary:
         reference_folder = Path(temporary) / "reference"
         process = context.Process(target=train, args=(options, reference_folder))
-        started = time.monotonic()
         process.start()
         process.join()
-        duration = time.monotonic() - started
         reference = (reference_folder / "digest").read_text()
 
-        while kills < options.kills or (completed == 0):
+        while kills < options.kills or completed == 0:
             folder = Path(temporary) / f"run_{completed}"
             while not (folder / "digest").exists():
                 resumed += folder.exists() and bool(checkpoints(folder))
                 process = context.Process(target=train, args=(options, folder))
                 process.start()
-                # Often enough a run gets far, and often enough it is killed early.
-                process.join(random.uniform(0, duration) if kills < options.kills else None)
+                if kills < options.kills:
+                    wait_for_a_random_moment(process, folder)
+                else:
+                    process.join()
                 if process.is_alive():
                     process.kill()
                     process.join()
@@ -119,6 +119,20 @@ def run(options: argparse.Namespace) -> bool:
         f"{resumed} times; {completed} runs completed, {equal} of them equal to the uninterrupted run bit for bit."
     )
     return equal == completed
+
+
+def wait_for_a_random_moment(process: BaseProcess, folder: Path) -> None:
+    """Wait for a random number of checkpoints, and then for a part of the time between two, however busy the machine is."""
+    target = random.randint(0, 5)
+    seen = {path.name for path in checkpoints(folder)} if folder.exists() else set()
+    n_before, last, interval = len(seen), time.monotonic(), 0.0
+    while process.is_alive() and len(seen) - n_before < target:
+        time.sleep(0.001)
+        now = {path.name for path in checkpoints(folder)} if folder.exists() else set()
+        if now - seen:
+            seen |= now
+            last, interval = time.monotonic(), time.monotonic() - last
+    time.sleep(random.uniform(0, interval))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -159,6 +159,16 @@ def test_a_malicious_model_runs_nothing(tmp_path: Path) -> None:
     assert target.exists()
 
 
+def test_a_model_imports_no_environment(tmp_path: Path) -> None:
+    RFM("MlpPolicy", "Pendulum-v1", **TINY).save(tmp_path / "model.zip")
+    with zipfile.ZipFile(tmp_path / "model.zip", "a") as archive:
+        data = json.loads(archive.read("data")) | {"env": "any_module:Env-v0"}
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("data", json.dumps(data))
+    with pytest.raises(RefusedError, match="any_module"):
+        RFM.load(tmp_path / "model.zip")
+
+
 @pytest.mark.parametrize("member", ["state.pkl", "replay_buffer.pkl"])
 def test_a_malicious_checkpoint_runs_nothing(member: str, tmp_path: Path) -> None:
     target = tmp_path / "boom"
