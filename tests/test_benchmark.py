@@ -290,7 +290,7 @@ def test_a_sweep_survives_kills(tmp_path: Path, n_seeds: int) -> None:
 class ScriptedEngine:
     """Ends every run at once, with the exit statuses of a script."""
 
-    jobs = 2
+    jobs = slots = 2
 
     def __init__(self, *script: int) -> None:
         self.script = list(script)
@@ -306,6 +306,11 @@ class ScriptedEngine:
         if status == 0:
             self.folder.set_status(state="finished", step=100, wall_clock=10.0, last_return=1.0)
         return status
+
+    def request_stop(self) -> None:
+        raise AssertionError("nothing runs when the sweep ends")
+
+    wait = request_stop
 
 
 @pytest.mark.parametrize(
@@ -331,6 +336,26 @@ def test_remaining_time_and_table(tmp_path: Path) -> None:
     with sweep.console.capture() as capture:
         sweep.console.print(sweep.table())
     assert "1 of 3 finished" in capture.get()
+
+
+def test_a_cluster_does_a_run_again_whose_worker_was_killed(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    from sb3_rfm.benchmark.cluster import RayEngine
+
+    arguments = {"learning_starts": 60}
+    folders = [RunFolder.create(tmp_path, spec(algo="sac", seed=seed, steps=250, arguments=arguments)) for seed in range(2)]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        engine = RayEngine(options=["--checkpoint-every", "30"])
+        assert engine.slots == 2
+        jobs = [engine.start(folder) for folder in folders]
+        wait_until(lambda: folders[0].checkpoint.exists())
+        os.kill(folders[0].status["pid"], signal.SIGKILL)
+        wait_until(lambda: all(job.poll() == 0 for job in jobs))
+    finally:
+        ray.shutdown()
+    assert all(folder.finished for folder in folders)
+    assert [len(folder.config["sessions"]) for folder in folders] == [2, 1]
 
 
 def test_wrong_arguments_are_explained(capsys: pytest.CaptureFixture[str]) -> None:

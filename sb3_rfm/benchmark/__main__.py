@@ -34,8 +34,10 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         metavar="[ALGO.]ARGUMENT=VALUE",
         help="arguments of the algorithms, e.g. rfm.n_candidates=32, or rfm:cold.temperature=0.01 with --algos rfm:cold",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once on this machine")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run")
+    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: on a cluster (extra [cluster])")
+    parser.add_argument("--gpus", type=float, default=0.0, help="with ray: GPUs of a run, e.g. 0.25")
     parser.add_argument("--checkpoint-every", type=int, default=10_000, help="environment steps between checkpoints")
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep the last, to continue with more --steps later")
     parser.add_argument("--out", type=Path, default=Path("results"), help="results folder")
@@ -67,7 +69,7 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do the runs that are not finished yet."""
     from sb3_rfm.benchmark.records import RunFolder
-    from sb3_rfm.benchmark.runner import LocalEngine, Sweep, plan
+    from sb3_rfm.benchmark.runner import Engine, LocalEngine, Sweep, plan
 
     arguments = parse_overrides(args.set, args.algos)
     for label in args.algos:
@@ -82,7 +84,12 @@ def run(args: argparse.Namespace) -> int:
     )
     folders = [RunFolder.create(args.out, spec) for spec in specs]
     options = ["--checkpoint-every", str(args.checkpoint_every), *(["--keep-checkpoint"] if args.keep_checkpoints else [])]
-    return 1 if Sweep(folders, LocalEngine(args.jobs, args.threads, options)).run() else 0
+    engine: Engine = LocalEngine(args.jobs, args.threads, options)
+    if args.engine == "ray":
+        from sb3_rfm.benchmark.cluster import RayEngine
+
+        engine = RayEngine(args.threads, args.gpus, options)
+    return 1 if Sweep(folders, engine).run() else 0
 
 
 def report(args: argparse.Namespace) -> int:

@@ -62,6 +62,21 @@ class Job(Protocol):
         """Return when it has stopped."""
 
 
+class Engine(Protocol):
+    """Something that runs jobs."""
+
+    @property
+    def jobs(self) -> int:
+        """Jobs that may be handed to it at once."""
+
+    @property
+    def slots(self) -> int:
+        """Jobs that it does at once."""
+
+    def start(self, folder: RunFolder) -> Job:
+        """Start the run of a folder."""
+
+
 class LocalEngine:
     """Runs in processes on this machine.
 
@@ -71,7 +86,7 @@ class LocalEngine:
     """
 
     def __init__(self, jobs: int = 1, threads: int = 1, options: Sequence[str] = ()) -> None:
-        self.jobs = jobs
+        self.jobs = self.slots = jobs
         self.threads = threads
         self.options = options
 
@@ -122,7 +137,7 @@ class Sweep:
     """
 
     folders: list[RunFolder]
-    engine: Any
+    engine: Engine
     console: Console = field(default_factory=Console)
 
     def __post_init__(self) -> None:
@@ -231,7 +246,7 @@ class Sweep:
             known = costs.get((spec.algo, spec.env_id), everything)
             seconds = (spec.steps - folder.status["step"]) * sum(known) / len(known)
             total, longest = total + seconds, max(longest, seconds)
-        return max(total / self.engine.jobs, longest)
+        return max(total / self.engine.slots, longest)
 
     def summary(self) -> str:
         """One line: how many runs are where, and the remaining time."""
@@ -253,7 +268,8 @@ class Sweep:
         for name in ("step", "steps/s", "return", "remaining"):
             table.add_column(name, justify="right")
         ended = [f for f in self.folders if f.path not in self.running and f not in self.pending][-8:]
-        for folder in [*ended, *(f for f in self.folders if f.path in self.running)]:
+        running = [f for f in self.folders if f.path in self.running and f.status["state"] != "new"]
+        for folder in [*ended, *running]:
             spec, status = folder.spec, folder.status
             rate = rates.get(folder.path)
             left = f"{duration((spec.steps - status['step']) / rate)}" if rate else ""

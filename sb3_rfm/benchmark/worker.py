@@ -211,6 +211,7 @@ def run(path: Path, checkpoint_every: int = 10_000, keep_checkpoint: bool = Fals
         recorder = Recorder(folder, Evaluator(spec, setting.evaluation_particles), checkpoint_every)
         recorder.continue_from(model.num_timesteps)
         recorder.write_status(model.num_timesteps, "starting")
+        folder.set_status(pid=os.getpid())
         model.set_logger(configure(str(path / "training" / f"from-step-{model.num_timesteps}"), ["csv"]))
         signal.signal(signal.SIGTERM, recorder.request_stop)
         model.learn(spec.steps - model.num_timesteps, callback=recorder, log_interval=4, reset_num_timesteps=False)

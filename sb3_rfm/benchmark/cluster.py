@@ -1,0 +1,73 @@
+"""Runs on a cluster, by `Ray <https://docs.ray.io>`_ (extra ``[cluster]``).
+
+Ray decides where each run goes, and does it again elsewhere when its machine or process dies: it then goes on from its
+checkpoint. The results folder has to be on a file system that all machines share.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from sb3_rfm.benchmark import worker
+from sb3_rfm.benchmark.records import RunFolder
+from sb3_rfm.benchmark.runner import MAX_KILLS
+
+
+def run(path: str, options: Sequence[str]) -> int:
+    """Do a run in a process of Ray's; see :mod:`sb3_rfm.benchmark.worker`."""
+    with (Path(path) / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        return worker.main([path, *options])
+
+
+class RayEngine:
+    """Runs wherever Ray has room for them.
+
+    :param threads: Cores of a run
+    :param gpus: GPUs of a run, which may be a fraction
+    :param options: Command-line options of :mod:`sb3_rfm.benchmark.worker`
+    :param address: Address of the cluster; by default that of ``RAY_ADDRESS``, else this machine alone
+    """
+
+    jobs = 1_000_000  # all at once: Ray has the queue, and an autoscaler sees what is wanted
+
+    def __init__(self, threads: int = 1, gpus: float = 0.0, options: Sequence[str] = (), address: str | None = None) -> None:
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False)
+        self.threads = threads
+        self.options = list(options)
+        # A process for each run, which returns all its memory; OMP_NUM_THREADS is set by Ray to the cores of the task.
+        self.task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=MAX_KILLS, max_calls=1)(run)
+
+    @property
+    def slots(self) -> int:
+        """Runs that the cluster does at once, as it is now."""
+        return max(1, int(ray.cluster_resources().get("CPU", 1) // self.threads))
+
+    def start(self, folder: RunFolder) -> "RayJob":
+        """Hand the run of a folder to Ray."""
+        return RayJob(self.task.remote(str(folder.path.resolve()), self.options))
+
+
+class RayJob:
+    """A run that was handed to Ray."""
+
+    def __init__(self, reference: Any) -> None:
+        self.reference = reference
+
+    def poll(self) -> int | None:
+        ready, _ = ray.wait([self.reference], timeout=0)
+        if not ready:
+            return None
+        try:
+            return int(ray.get(self.reference))
+        except ray.exceptions.RayError:  # what the run raised is in its log
+            return 1
+
+    def request_stop(self) -> None:
+        ray.cancel(self.reference)
+
+    def wait(self) -> None:
+        ray.wait([self.reference], timeout=60)
