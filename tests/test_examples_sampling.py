@@ -80,7 +80,7 @@ def test_the_estimator_benchmark(tmp_path: Path) -> None:
     assert len(optimal) == 16 and all(math.isfinite(row["mse"]) for row in rows)
     exact = [r for r in optimal if r["density"].startswith("Gaussian") and r["candidates"] == "localised"]
     assert all(row["mse"] < 1e-2 * row["mean squared velocity"] for row in exact)
-    for name in ("errors.csv", "equivalence.csv", "rules.md", "equivalence.md", "errors.png"):
+    for name in ("errors.csv", "equivalence.csv", "rules.txt", "equivalence.txt", "errors.png"):
         assert (tmp_path / name).stat().st_size > 100
 
 

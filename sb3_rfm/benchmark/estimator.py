@@ -286,7 +286,7 @@ def densities() -> dict[str, Callable[[], Density]]:
         for dim, condition in ((1, 1), (2, 1000), (6, 1), (8, 10), (8, 1000), (64, 1), (64, 10), (64, 1000))
     }
     table["forty-modes"] = forty_modes
-    table["crescents"] = lambda: OnGrid("two moons, 2-D", 2, crescents, torch.linspace(-4, 4, 161, dtype=torch.float64), 1.5)
+    table["crescents"] = lambda: OnGrid("two moons, 2-D", 2, crescents, torch.linspace(-4, 4, 641, dtype=torch.float64), 1.5)
     table["many-well"] = ManyWell
     for temperature in (0.01, 0.1, 1.0, 10.0):
 
@@ -586,13 +586,13 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     measured = ratios(rows)
     write_csv(args.output / "errors.csv", rows)
     tables = summarise(measured)
-    (args.output / "rules.md").write_text(tables)
+    (args.output / "rules.txt").write_text(tables)
     print(f"\n{tables}")
     if 32 in args.candidates:
         equivalents = equivalent(rows)
         write_csv(args.output / "equivalence.csv", equivalents)
         tables = summarise_equivalents(equivalents)
-        (args.output / "equivalence.md").write_text(tables + "\n")
+        (args.output / "equivalence.txt").write_text(tables + "\n")
         print(tables)
     plot_errors(args.output / "errors.png", rows, min(args.candidates))
     return measured
