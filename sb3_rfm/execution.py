@@ -30,6 +30,10 @@ T = TypeVar("T")
 MIN_UPDATES_TO_COMPILE = 2_000
 """With ``"auto"``: compiling takes about as long as this many eager updates save."""
 
+CPU_LOOPS = {"unroll_reductions_threshold": 17, "cpp.min_chunk_size": 16384}
+"""Averages over a few candidates are written out: as loops, the compiler starts a parallel region for each state. And
+threads share a loop only where each gets this many elements."""
+
 
 def check_execution(execution: str, precision: str) -> None:
     """Validate the two arguments.
@@ -109,7 +113,7 @@ class Executor:
             return function
         _load_compiler()
         # The compiled code calls its kernels from C++, and does not check before each call that no module was exchanged.
-        options: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True}
+        options: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True, **CPU_LOOPS}
         if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
             options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         if self.mode == "cuda_graph":

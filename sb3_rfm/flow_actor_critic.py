@@ -2,8 +2,8 @@
 
 A batch's way through one update:
 
-    replay buffer → critic target → critic step → x_t on the path → posterior mean of the Boltzmann policy
-                  → regression of the flow → target networks
+    replay buffer → x_t on the path → posterior mean of the Boltzmann policy → loss of the flow   ┐
+                  → action of the policy at the next state → critic target   → loss of the critics ┴→ step → target critic
 
 The policy aimed at is ``pi(a|s) ∝ exp(Q(s, a) / temperature)``. In the latent ``u = atanh(a)`` its log-density is
 ``Q(s, tanh u) / temperature + sum_j log sech^2 u_j`` (change of variables), and the flow regresses the posterior mean of
@@ -15,7 +15,7 @@ Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), algorithm 1
 import math
 import re
 from abc import abstractmethod
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -57,6 +57,17 @@ AUTO_TEMPERATURE = 0.2
 def log_sech2(u: Tensor) -> Tensor:
     """``log(1 - tanh(u)^2)`` without cancellation."""
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
+
+
+class Regression(NamedTuple):
+    """What the flow is regressed on."""
+
+    x_t: Tensor
+    """Points of the path, (B, D)"""
+    t: Tensor
+    """(B,)"""
+    target: Tensor
+    """Posterior mean ``E[u_1 | u_t = x_t]``, (B, D)"""
 
 
 class FlowActorCritic(PersistentAlgorithm):
@@ -221,9 +232,8 @@ class FlowActorCritic(PersistentAlgorithm):
     def _prepare_functions(self, executor: Executor) -> None:
         """Have the functions that take the time run by ``executor``."""
         self._executor = executor
-        self._run_critic_loss = executor.prepare(self._critic_loss)
         self._run_regression_target = executor.prepare(self._regression_target)
-        self._run_actor_loss = executor.prepare(self._actor_loss)
+        self._run_losses = executor.prepare(self._losses)
         self.policy.run_act = executor.prepare(self.policy.act)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
@@ -279,8 +289,7 @@ class FlowActorCritic(PersistentAlgorithm):
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
             self._update_reward_scale(batch.rewards)
-            metrics = self._update_critic(batch)
-            metrics |= self._update_actor(batch)
+            metrics = self._update_networks(batch)
             if self._temperature_fraction is not None:
                 self._update_temperature(metrics["action_spread"])
             metrics["temperature"] = self.policy.temperature.clone()
@@ -289,32 +298,37 @@ class FlowActorCritic(PersistentAlgorithm):
             history.append(metrics)
         self._log(history)
 
-    def _update_critic(self, batch: Any) -> dict[str, Tensor]:
-        """One step of the critics."""
+    def _update_networks(self, batch: Any) -> dict[str, Tensor]:
+        """One step of the critics, and one regression step of the flow."""
         discounts = th.full_like(batch.rewards, self.gamma) if batch.discounts is None else batch.discounts
+        actor_features = self.actor.features(batch.observations)
+        critic_features = self.critic.features(batch.observations)
         with th.no_grad():
             next_actor_features = self.actor.features(batch.next_observations)
             next_critic_features = self.critic_target.features(batch.next_observations)
-        loss, metrics = self._run_critic_loss(
-            self.critic.features(batch.observations),
+            regression, metrics = self._run_regression_target(
+                actor_features.detach(), critic_features.detach(), batch.actions
+            )
+        loss, losses = self._run_losses(
+            actor_features,
+            regression,
+            critic_features,
             batch.actions,
             next_actor_features,
             next_critic_features,
             batch.rewards.flatten(),
             ((1 - batch.dones) * discounts).flatten(),
         )
-        self._step(self.critic.optimizer, loss)
-        return metrics
+        self._step(loss)
+        return losses | metrics
 
-    def _update_actor(self, batch: Any) -> dict[str, Tensor]:
-        """One regression step of the flow."""
-        features = self.actor.features(batch.observations)
-        with th.no_grad():
-            critic_features = self.critic.features(batch.observations)
-            x_t, t, target, metrics = self._run_regression_target(features.detach(), critic_features, batch.actions)
-        loss = self._run_actor_loss(features, x_t, t, target)
-        self._step(self.actor.optimizer, loss)
-        return {"actor_loss": loss.detach()} | metrics
+    def _losses(
+        self, actor_features: Tensor, regression: Regression, critic_features: Tensor, actions: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of critics and flow, which share no parameter: one loss, so that one call computes it and its gradients."""
+        critic_loss, metrics = self._critic_loss(critic_features, actions, *rest)
+        actor_loss = self._actor_loss(actor_features, regression)
+        return critic_loss + actor_loss, {"actor_loss": actor_loss.detach()} | metrics
 
     def _critic_loss(
         self,
@@ -349,13 +363,13 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _regression_target(
         self, actor_features: Tensor, critic_features: Tensor, actions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    ) -> tuple[Regression, dict[str, Tensor]]:
         """Points of the path, and the posterior mean of the Boltzmann policy's latent there.
 
         :param actor_features: (B, F)
         :param critic_features: (B, F)
         :param actions: Replayed actions, (B, D), in [-1, 1]
-        :return: ``x_t`` (B, D), ``t`` (B,), ``E[u_1 | u_t = x_t]`` (B, D), and metrics
+        :return: What the flow is regressed on, and metrics
         """
         encoded_q = self.critic.encode(critic_features)
         x_1 = unsquash(actions)
@@ -370,29 +384,22 @@ class FlowActorCritic(PersistentAlgorithm):
 
         guess = self.actor.predict_data(self.actor.network.encode(actor_features), x_t, t)
         posterior = self._posterior_mean(log_prob, x_t, t, guess)
-        return (
-            x_t,
-            t,
-            posterior.x1,
-            {
-                "ess": posterior.ess.mean(),
-                "coefficient": posterior.coefficient.mean(),
-                "variance_ratio": posterior.variance_ratio.median(),
-                "action_spread": self._action_spread(encoded_q),
-            },
-        )
+        return Regression(x_t, t, posterior.x1), {
+            "ess": posterior.ess.mean(),
+            "coefficient": posterior.coefficient.mean(),
+            "variance_ratio": posterior.variance_ratio.median(),
+            "action_spread": self._action_spread(encoded_q),
+        }
 
-    def _actor_loss(self, features: Tensor, x_t: Tensor, t: Tensor, target: Tensor) -> Tensor:
+    def _actor_loss(self, features: Tensor, regression: Regression) -> Tensor:
         """Squared error of the flow's data prediction.
 
         :param features: Actor features, (B, F)
-        :param x_t: (B, D)
-        :param t: (B,)
-        :param target: (B, D)
+        :param regression: What the flow is regressed on
         :return: Scalar loss, in squared units of the latent
         """
-        prediction = self.actor.predict_data(self.actor.network.encode(features), x_t, t)
-        return (prediction - target).square().sum(-1).mean()
+        prediction = self.actor.predict_data(self.actor.network.encode(features), regression.x_t, regression.t)
+        return (prediction - regression.target).square().sum(-1).mean()
 
     @abstractmethod
     def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
@@ -428,13 +435,16 @@ class FlowActorCritic(PersistentAlgorithm):
         if online_stats:
             th._foreach_copy_(target_stats, online_stats)
 
-    def _step(self, optimizer: th.optim.Optimizer, loss: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
+    def _step(self, loss: Tensor) -> None:
+        optimizers = (self.actor.optimizer, self.critic.optimizer)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.max_grad_norm is not None:
-            for group in optimizer.param_groups:
-                th.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
-        optimizer.step()
+        for optimizer in optimizers:
+            if self.max_grad_norm is not None:
+                for group in optimizer.param_groups:
+                    th.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+            optimizer.step()
 
     # Scales: what makes learning independent of the units of the reward
 
@@ -525,7 +535,7 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "critic", "critic_target", "_path", "_polyak_tensors"]
-        own += ["_executor", "_run_critic_loss", "_run_regression_target", "_run_actor_loss", "_reduced"]
+        own += ["_executor", "_run_regression_target", "_run_losses", "_reduced"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
