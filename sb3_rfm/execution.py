@@ -139,13 +139,9 @@ class Executor:
 def _load_compiler() -> None:
     """Load and set up the compiler, which takes seconds; only who compiles pays for it.
 
-    It must see ``torch.autograd.grad``, by which the estimator takes gradients of log-densities. Deprecation warnings of
-    its own modules, which some environment packages make visible, are not the user's.
+    Deprecation warnings of its own modules, which some environment packages make visible, are not the user's.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         import torch._dynamo
         import torch._inductor.compile_fx
-
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        torch._dynamo.config.trace_autograd_ops = True

@@ -15,7 +15,7 @@ Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), algorithm 1
 import math
 import re
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -57,17 +57,6 @@ AUTO_TEMPERATURE = 0.2
 def log_sech2(u: Tensor) -> Tensor:
     """``log(1 - tanh(u)^2)`` without cancellation."""
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
-
-
-class Regression(NamedTuple):
-    """What the flow is regressed on."""
-
-    x_t: Tensor
-    """Points of the path, (B, D)"""
-    t: Tensor
-    """(B,)"""
-    target: Tensor
-    """Posterior mean ``E[u_1 | u_t = x_t]``, (B, D)"""
 
 
 class FlowActorCritic(PersistentAlgorithm):
@@ -232,7 +221,6 @@ class FlowActorCritic(PersistentAlgorithm):
     def _prepare_functions(self, executor: Executor) -> None:
         """Have the functions that take the time run by ``executor``."""
         self._executor = executor
-        self._run_regression_target = executor.prepare(self._regression_target)
         self._run_losses = executor.prepare(self._losses)
         self.policy.run_act = executor.prepare(self.policy.act)
 
@@ -306,12 +294,8 @@ class FlowActorCritic(PersistentAlgorithm):
         with th.no_grad():
             next_actor_features = self.actor.features(batch.next_observations)
             next_critic_features = self.critic_target.features(batch.next_observations)
-            regression, metrics = self._run_regression_target(
-                actor_features.detach(), critic_features.detach(), batch.actions
-            )
-        loss, losses = self._run_losses(
+        loss, metrics = self._run_losses(
             actor_features,
-            regression,
             critic_features,
             batch.actions,
             next_actor_features,
@@ -320,15 +304,15 @@ class FlowActorCritic(PersistentAlgorithm):
             ((1 - batch.dones) * discounts).flatten(),
         )
         self._step(loss)
-        return losses | metrics
+        return metrics
 
     def _losses(
-        self, actor_features: Tensor, regression: Regression, critic_features: Tensor, actions: Tensor, *rest: Tensor
+        self, actor_features: Tensor, critic_features: Tensor, actions: Tensor, *rest: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of critics and flow, which share no parameter: one loss, so that one call computes it and its gradients."""
-        critic_loss, metrics = self._critic_loss(critic_features, actions, *rest)
-        actor_loss = self._actor_loss(actor_features, regression)
-        return critic_loss + actor_loss, {"actor_loss": actor_loss.detach()} | metrics
+        critic_loss, critic_metrics = self._critic_loss(critic_features, actions, *rest)
+        actor_loss, actor_metrics = self._actor_loss(actor_features, critic_features.detach(), actions)
+        return critic_loss + actor_loss, critic_metrics | actor_metrics
 
     def _critic_loss(
         self,
@@ -361,45 +345,40 @@ class FlowActorCritic(PersistentAlgorithm):
             "saturation": (squash(latents).abs() > 0.99).float().mean(),
         }
 
-    def _regression_target(
+    def _actor_loss(
         self, actor_features: Tensor, critic_features: Tensor, actions: Tensor
-    ) -> tuple[Regression, dict[str, Tensor]]:
-        """Points of the path, and the posterior mean of the Boltzmann policy's latent there.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the flow's data prediction against the posterior mean of the Boltzmann policy's latent.
 
         :param actor_features: (B, F)
         :param critic_features: (B, F)
         :param actions: Replayed actions, (B, D), in [-1, 1]
-        :return: What the flow is regressed on, and metrics
+        :return: Scalar loss, in squared units of the latent, and metrics
         """
-        encoded_q = self.critic.encode(critic_features)
-        x_1 = unsquash(actions)
-        if self.proposal == "policy":
-            x_1, _ = self._sample_policy(actor_features, self.critic, critic_features)
-        t = self.t_min + (1 - 2 * self.t_min) * th.rand(x_1.shape[0], device=x_1.device)
-        x_t = self._path.interpolate(th.randn_like(x_1), x_1, t)
+        with th.no_grad():
+            encoded_q = self.critic.encode(critic_features)
+            x_1 = unsquash(actions)
+            if self.proposal == "policy":
+                x_1, _ = self._sample_policy(actor_features, self.critic, critic_features)
+            t = self.t_min + (1 - 2 * self.t_min) * th.rand(x_1.shape[0], device=x_1.device)
+            x_t = self._path.interpolate(th.randn_like(x_1), x_1, t)
+        prediction = self.actor.predict_data(self.actor.network.encode(actor_features), x_t, t)
 
         def log_prob(u: Tensor) -> Tensor:
             q = self.critic.min_q(encoded_q, squash(u), self._reduced)
             return q / self.policy.temperature + log_sech2(u).sum(-1)
 
-        guess = self.actor.predict_data(self.actor.network.encode(actor_features), x_t, t)
-        posterior = self._posterior_mean(log_prob, x_t, t, guess)
-        return Regression(x_t, t, posterior.x1), {
+        with th.no_grad():
+            posterior = self._posterior_mean(log_prob, x_t, t, guess=prediction.detach())
+            spread = self._action_spread(encoded_q)
+        loss = (prediction - posterior.x1).square().sum(-1).mean()
+        return loss, {
+            "actor_loss": loss.detach(),
             "ess": posterior.ess.mean(),
             "coefficient": posterior.coefficient.mean(),
             "variance_ratio": posterior.variance_ratio.median(),
-            "action_spread": self._action_spread(encoded_q),
+            "action_spread": spread,
         }
-
-    def _actor_loss(self, features: Tensor, regression: Regression) -> Tensor:
-        """Squared error of the flow's data prediction.
-
-        :param features: Actor features, (B, F)
-        :param regression: What the flow is regressed on
-        :return: Scalar loss, in squared units of the latent
-        """
-        prediction = self.actor.predict_data(self.actor.network.encode(features), regression.x_t, regression.t)
-        return (prediction - regression.target).square().sum(-1).mean()
 
     @abstractmethod
     def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
@@ -535,7 +514,7 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "critic", "critic_target", "_path", "_polyak_tensors"]
-        own += ["_executor", "_run_regression_target", "_run_losses", "_reduced"]
+        own += ["_executor", "_run_losses", "_reduced"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

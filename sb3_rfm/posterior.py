@@ -364,6 +364,12 @@ def value_and_gradient(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
     :param x: (B, K, D)
     :return: (B, K) and (B, K, D)
     """
+    if torch.compiler.is_compiling():
+        # The functional form may be compiled as a part of a loss; eager code takes the one that any log_prob supports.
+        with torch.no_grad():
+            value, pull_back = torch.func.vjp(log_prob, x.detach())
+            (gradient,) = pull_back(torch.ones_like(value))
+        return value, gradient
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         value = log_prob(x)
