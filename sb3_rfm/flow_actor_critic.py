@@ -141,7 +141,7 @@ class FlowActorCritic(PersistentAlgorithm):
         integration_steps: int = 5,
         proposal: str = "replay",
         n_particles: int = 8,
-        n_target_particles: int = 4,
+        n_target_particles: int = 1,
         t_min: float = 0.01,
         max_grad_norm: float | None = None,
         execution: ExecutionMode = "auto",
