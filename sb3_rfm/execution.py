@@ -15,6 +15,7 @@ eager generators in every mode, so that all modes see the same noise.
 import ctypes
 import shutil
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -118,7 +119,7 @@ class Executor:
             options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         if self.mode == "cuda_graph":
             options["triton.cudagraphs"] = True
-        compiled = torch.compile(function, options=options, dynamic=False, fullgraph=True)
+        compiled = torch.compile(_own_code(function), options=options, dynamic=False, fullgraph=True)
         failed = False
 
         def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -134,6 +135,20 @@ class Executor:
                 return function(*args, **kwargs)
 
         return run
+
+
+def _own_code(function: Callable[P, T]) -> Callable[P, T]:
+    """The same function with a code object of its own.
+
+    Compiled code belongs to a code object, so that two models would share it: with no check of their modules, one would run
+    with the path, the sampler or the steps of the other.
+    """
+    plain = getattr(function, "__func__", function)
+    copy = types.FunctionType(
+        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    copy.__kwdefaults__ = plain.__kwdefaults__
+    return types.MethodType(copy, function.__self__) if hasattr(function, "__self__") else copy
 
 
 def _load_compiler() -> None:

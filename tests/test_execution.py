@@ -47,6 +47,23 @@ def test_what_cannot_be_compiled_runs_as_written() -> None:
     torch.testing.assert_close(run(x + 1), awkward(x + 1))
 
 
+class Scaled(torch.nn.Module):
+    """A module whose function depends on a plain attribute."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.factor * x
+
+
+def test_two_models_share_no_compiled_code() -> None:
+    x = torch.arange(3.0)
+    for factor in (2.0, 3.0):
+        torch.testing.assert_close(Executor("compile").prepare(Scaled(factor).apply)(x), factor * x)
+
+
 def test_errors_of_the_function_are_not_swallowed() -> None:
     def failing(x: torch.Tensor) -> torch.Tensor:
         raise KeyError("the function's own")
