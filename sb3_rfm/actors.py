@@ -4,6 +4,7 @@ The flow lives in an unbounded latent ``u`` with action ``a = tanh(u)``. The act
 output: every sampling step then moves towards a bounded point, and integration cannot diverge whatever the weights are.
 """
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
 from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentModel
 from sb3_rfm.samplers import denoise, langevin, time_grid
+from sb3_rfm.sources import GaussianSource, Source, get_source
 
 LATENT_BOUND = 4.0
 """Largest latent a flow can predict; tanh(4) = 0.9993."""
@@ -33,6 +36,20 @@ def unsquash(actions: Tensor) -> Tensor:
     """Latents of actions, clipped to the range that a flow can predict."""
     limit = np.tanh(LATENT_BOUND).item()
     return th.atanh(actions.clamp(-limit, limit))
+
+
+def check_sampler(sampler: str, source: Source) -> None:
+    """Validate a way to draw latents from a flow.
+
+    :raises ValueError: for unknown samplers, and for those that the source does not allow
+    """
+    if sampler not in ("ode", "sde", "langevin"):
+        raise ValueError(f"sampler must be 'ode', 'sde' or 'langevin', got {sampler!r}.")
+    if sampler != "ode" and not isinstance(source, GaussianSource):
+        raise ValueError(
+            f"sampler={sampler!r} needs source='gaussian', whose score follows from the flow's data prediction; "
+            "other sources go with sampler='ode'."
+        )
 
 
 class BoundedPolicy(PersistentModel, BasePolicy):
@@ -72,6 +89,7 @@ class FlowActor(BoundedPolicy):
     :param activation_fn: Activation function
     :param normalize_images: Whether to divide images by 255
     :param path: Probability path of the flow
+    :param source: Where the flow starts
     :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"``
     :param integration_steps: Steps from noise to action
     :param t_min: Time at which sampling starts
@@ -92,6 +110,7 @@ class FlowActor(BoundedPolicy):
         activation_fn: type[nn.Module] = nn.ReLU,
         normalize_images: bool = True,
         path: str | Path = "cond_ot",
+        source: str | Source | Distribution = "gaussian",
         sampler: str = "ode",
         integration_steps: int = 5,
         t_min: float = 0.01,
@@ -111,12 +130,16 @@ class FlowActor(BoundedPolicy):
         self.network = ConditionalMLP(
             features_dim, self.action_dim + self.time_embedding.dim, self.action_dim, net_arch, activation_fn
         )
-        self.configure_sampling(path, sampler, integration_steps, t_min)
+        self.configure_sampling(path, source, sampler, integration_steps, t_min)
 
-    def configure_sampling(self, path: str | Path, sampler: str, integration_steps: int, t_min: float) -> None:
+    def configure_sampling(
+        self, path: str | Path, source: str | Source | Distribution, sampler: str, integration_steps: int, t_min: float
+    ) -> None:
         """Choose how latents are drawn from the flow; see the class for the parameters."""
         self.path, self.sampler, self.integration_steps, self.t_min = path, sampler, integration_steps, t_min
-        self._path = get_path(path)
+        self.source = source
+        self._path, self._source = get_path(path), copy.deepcopy(get_source(source))  # compilers leave marks on tensors
+        check_sampler(sampler, self._source)
         self.register_buffer("times", time_grid(integration_steps, t_min, device=self.device), persistent=False)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -127,6 +150,7 @@ class FlowActor(BoundedPolicy):
             features_dim=self.features_dim,
             activation_fn=self.activation_fn,
             path=self.path,
+            source=self.source,
             sampler=self.sampler,
             integration_steps=self.integration_steps,
             t_min=self.t_min,
@@ -136,6 +160,10 @@ class FlowActor(BoundedPolicy):
     def features(self, obs: PyTorchObs) -> Tensor:
         """Features of observations, (B, F)."""
         return self.extract_features(obs, self.features_extractor)
+
+    def draw_noise(self, n_states: int, n_particles: int) -> Tensor:
+        """Draw from the source, (n_states, n_particles, D)."""
+        return self._source.sample((n_states, n_particles, self.action_dim), self.times)
 
     def predict_data(self, encoded: Tensor, latents: Tensor, t: Tensor, reduced: bool = False) -> Tensor:
         """``E[u_1 | u_t]``, within ``LATENT_BOUND``.
@@ -181,6 +209,8 @@ class FlowActor(BoundedPolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         features = self.features(observation)
-        shape = (len(features), 1, self.action_dim)
-        noise = (th.zeros if deterministic else th.randn)(shape, device=features.device)
+        if deterministic:
+            noise = self._source.centre(features.new_empty(len(features), 1, self.action_dim))
+        else:
+            noise = self.draw_noise(len(features), 1)
         return squash(self.sample_latents(features, noise, deterministic)[:, 0])

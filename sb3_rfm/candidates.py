@@ -4,9 +4,10 @@ Given ``x_t = alpha x_1 + sigma x_0``, candidates ``x_0^k`` are drawn from a den
 log-ratio ``log p0 - log r`` goes into their importance weights. So every choice of ``r`` estimates the same posterior mean:
 
 - the source itself, ``r = p0``;
-- the posterior under a Gaussian p1 of a given *data scale* ``S``: a Gaussian source makes ``x_1`` Gaussian with precision
-  ``1/S^2 + alpha^2/sigma^2`` and mean ``(alpha/sigma^2) x_t / precision``. It follows the posterior over the whole range of t,
-  where the source loses it as t goes to 0;
+- the posterior under a Gaussian p1 of a given *data scale* ``S``: a Gaussian source of mean ``m`` and variance ``v`` makes
+  ``x_1`` Gaussian with precision ``1/S^2 + alpha^2/(sigma^2 v)`` and mean ``alpha (x_t - sigma m) / (sigma^2 v) / precision``.
+  It follows the posterior over the whole range of t, where the source loses it as t goes to 0. Other sources keep their own
+  shape, with that mean and precision;
 - an equal mixture of either with the same density, somewhat narrower, around a *guess* of the data mean (a network's own
   prediction). The broad half keeps the weights bounded by twice those without the guess, however bad the guess.
 
@@ -93,20 +94,23 @@ def draw_candidates(
         return Candidates(noise, None)
     alpha, sigma = path.alpha(t)[:, None, None], path.sigma(t)[:, None, None]
     x_t = x_t[:, None]
-    precision = (0.0 if data_scale is None else data_scale**-2) + (alpha / sigma).square()
-    spread = precision.rsqrt()
-    centre = alpha * x_t / sigma.square() / precision
+    noise_precision = (alpha / sigma).square() / source.variance
+    precision = (0.0 if data_scale is None else data_scale**-2) + noise_precision
+    # Data of noise x_0: mean - spread * (x_0 - source.mean), in units of the source's standard deviation.
+    spread = (precision * source.variance).rsqrt()
+    broad = (x_t / alpha - sigma / alpha * source.mean) * noise_precision / precision + spread * source.mean
     if guess is None:
-        x_1 = centre + spread * noise
+        x_1 = broad - spread * noise
         log_r = source.log_prob(noise)
     else:
         n_near = n_candidates // 2
         index = torch.arange(n_candidates, device=x_t.device)[None, :, None]
         near = index < n_near
         narrow = guess_spread * spread
-        x_1 = torch.where(near, guess[:, None] + narrow * noise, centre + spread * noise)
-        log_near = source.log_prob((x_1 - guess[:, None]) / narrow) - x_t.shape[-1] * math.log(guess_spread)
-        log_broad = source.log_prob((x_1 - centre) / spread)
+        close = guess[:, None] + narrow * source.mean
+        x_1 = torch.where(near, close - narrow * noise, broad - spread * noise)
+        log_near = source.log_prob((close - x_1) / narrow) - x_t.shape[-1] * math.log(guess_spread)
+        log_broad = source.log_prob((broad - x_1) / spread)
         log_r = torch.logaddexp(log_near + _log(n_near / n_candidates), log_broad + _log(1 - n_near / n_candidates))
     # The factor spread^-D of both densities and that of x_1 = (x_t - sigma x_0) / alpha are the same for all candidates.
     x_0 = (x_t - alpha * x_1) / sigma

@@ -26,9 +26,10 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFrequencyUnit
 from stable_baselines3.common.utils import get_parameters_by_name
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.nn import functional as F
 
-from sb3_rfm.actors import FlowActor, squash, unsquash
+from sb3_rfm.actors import FlowActor, check_sampler, squash, unsquash
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictBuffer, scalar_keys
 from sb3_rfm.execution import (
@@ -44,6 +45,7 @@ from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentAlgorithm
 from sb3_rfm.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean
+from sb3_rfm.sources import Source, get_source
 
 SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
 
@@ -83,6 +85,8 @@ class FlowActorCritic(PersistentAlgorithm):
     :param n_candidates: Candidates K at which Q (and its gradient) is evaluated for each ``x_t``
     :param coefficient: Control-variate coefficient in noise coordinates, where the algorithm leaves a choice
     :param path: ``"cond_ot"``, ``"cosine"``, ``"linear_vp"`` or ``"ve"``
+    :param source: Where the flow starts: ``"gaussian"``, a ``torch.distributions`` distribution on R^D or a
+        :class:`~sb3_rfm.sources.Source`; another than the Gaussian goes with ``sampler="ode"`` alone
     :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"`` dynamics at the last noise level
     :param integration_steps: Network evaluations from noise to action
     :param proposal: Where the ``x_t`` of the regression come from: ``"replay"`` → noised replayed actions, ``"policy"`` →
@@ -137,6 +141,7 @@ class FlowActorCritic(PersistentAlgorithm):
         n_candidates: int = 8,
         coefficient: Coefficient | None = None,
         path: str | Path = "cond_ot",
+        source: str | Source | Distribution = "gaussian",
         sampler: str = "ode",
         integration_steps: int = 5,
         proposal: str = "replay",
@@ -184,6 +189,7 @@ class FlowActorCritic(PersistentAlgorithm):
         self.n_candidates = n_candidates
         self.coefficient = coefficient
         self.path = path
+        self.source = source
         self.sampler = sampler
         self.integration_steps = integration_steps
         self.proposal = proposal
@@ -201,7 +207,9 @@ class FlowActorCritic(PersistentAlgorithm):
         if self.replay_buffer_class is None and self.n_steps == 1 and scalar_keys(self.observation_space):
             self.replay_buffer_class = DictBuffer
         super()._setup_model()
-        self.policy.configure_sampling(self.path, self.sampler, self.integration_steps, self.n_particles, self.t_min)
+        self.policy.configure_sampling(
+            self.path, self.source, self.sampler, self.integration_steps, self.n_particles, self.t_min
+        )
         self._temperature_fraction = parse_auto_temperature(self.temperature)
         if self._temperature_fraction is None:
             self.policy.temperature.fill_(float(self.temperature))
@@ -255,8 +263,6 @@ class FlowActorCritic(PersistentAlgorithm):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
-        if self.sampler not in ("ode", "sde", "langevin"):
-            raise ValueError(f"sampler must be 'ode', 'sde' or 'langevin', got {self.sampler!r}.")
         if self.proposal not in ("replay", "policy"):
             raise ValueError(f"proposal must be 'replay' or 'policy', got {self.proposal!r}.")
         if not (_is_number(self.t_min) and 0 < self.t_min < 0.5):
@@ -264,6 +270,7 @@ class FlowActorCritic(PersistentAlgorithm):
         if self.max_grad_norm is not None and not (_is_number(self.max_grad_norm) and self.max_grad_norm > 0):
             raise ValueError(f"max_grad_norm must be None or a positive number, got {self.max_grad_norm!r}.")
         get_path(self.path)
+        check_sampler(self.sampler, get_source(self.source))
         check_execution(self.execution, self.precision)
 
     # The update
@@ -361,7 +368,7 @@ class FlowActorCritic(PersistentAlgorithm):
             if self.proposal == "policy":
                 x_1, _ = self._sample_policy(actor_features, self.critic, critic_features)
             t = self.t_min + (1 - 2 * self.t_min) * th.rand(x_1.shape[0], device=x_1.device)
-            x_t = self._path.interpolate(th.randn_like(x_1), x_1, t)
+            x_t = self._path.interpolate(self.actor.draw_noise(len(x_1), 1)[:, 0], x_1, t)
         prediction = self.actor.predict_data(self.actor.network.encode(actor_features), x_t, t)
 
         def log_prob(u: Tensor) -> Tensor:
@@ -398,7 +405,7 @@ class FlowActorCritic(PersistentAlgorithm):
         :param critic_features: Its features, (B, F)
         :return: Latents (B, D), and the critic's min Q there (B,)
         """
-        noise = th.randn(len(actor_features), self.n_target_particles, self.policy.actor.action_dim, device=self.device)
+        noise = self.policy.actor.draw_noise(len(actor_features), self.n_target_particles)
         latents = self.policy.actor.sample_latents(actor_features, noise, reduced=self._reduced)
         q = critic.min_q(critic.encode(critic_features), squash(latents))
         if self.n_target_particles == 1:

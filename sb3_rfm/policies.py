@@ -14,11 +14,13 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.common.utils import ConstantSchedule
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from sb3_rfm.actors import BoundedPolicy, FlowActor, squash
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictExtractor
 from sb3_rfm.paths import Path
+from sb3_rfm.sources import Source, get_source
 
 
 class FlowPolicy(BoundedPolicy):
@@ -40,6 +42,8 @@ class FlowPolicy(BoundedPolicy):
     :param n_critics: Number of Q-functions
     :param share_features_extractor: Whether actor and critic share the features extractor
     :param path: Probability path of the flow
+    :param source: Where the flow starts: ``"gaussian"``, a ``torch.distributions`` distribution or a
+        :class:`~sb3_rfm.sources.Source`
     :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"``
     :param integration_steps: Steps from noise to action
     :param n_particles: Particles to choose among when acting
@@ -68,6 +72,7 @@ class FlowPolicy(BoundedPolicy):
         n_critics: int = 2,
         share_features_extractor: bool = False,
         path: str | Path = "cond_ot",
+        source: str | Source | Distribution = "gaussian",
         sampler: str = "ode",
         integration_steps: int = 5,
         n_particles: int = 8,
@@ -91,17 +96,24 @@ class FlowPolicy(BoundedPolicy):
         self.register_buffer("n_rewarded_batches", th.zeros(()))
         self.run_act = self.act
         self._build(lr_schedule)
-        self.configure_sampling(path, sampler, integration_steps, n_particles, t_min)
+        self.configure_sampling(path, source, sampler, integration_steps, n_particles, t_min)
 
     def configure_sampling(
-        self, path: str | Path, sampler: str, integration_steps: int, n_particles: int, t_min: float
+        self,
+        path: str | Path,
+        source: str | Source | Distribution,
+        sampler: str,
+        integration_steps: int,
+        n_particles: int,
+        t_min: float,
     ) -> None:
         """Choose how actions are drawn from the flow; see the class for the parameters."""
-        self.actor.configure_sampling(path, sampler, integration_steps, t_min)
+        self.actor.configure_sampling(path, source, sampler, integration_steps, t_min)
         self.n_particles = n_particles
         # The deterministic policy is a function of observation and weights alone: its noise never changes.
-        noise = th.randn(n_particles, get_action_dim(self.action_space), generator=th.Generator().manual_seed(0))
-        noise[0] = 0.0
+        shape, source = (n_particles, get_action_dim(self.action_space)), get_source(source)
+        noise = source.sample(shape, th.empty(0), th.Generator().manual_seed(0))
+        noise[0] = source.centre(noise[0])
         self.register_buffer("fixed_noise", noise.to(self.device), persistent=False)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -151,6 +163,7 @@ class FlowPolicy(BoundedPolicy):
             n_critics=self.n_critics,
             share_features_extractor=self.share_features_extractor,
             path=self.actor.path,
+            source=self.actor.source,
             sampler=self.actor.sampler,
             integration_steps=self.actor.integration_steps,
             n_particles=self.n_particles,
@@ -193,8 +206,9 @@ class FlowPolicy(BoundedPolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         actor_features = self.actor.features(observation)
         critic_features = self.critic.features(observation)
-        shape = (actor_features.shape[0], *self.fixed_noise.shape)
-        noise = self.fixed_noise.expand(shape) if deterministic else th.randn(shape, device=self.device)
+        n_states = len(actor_features)
+        fixed = self.fixed_noise.expand(n_states, -1, -1)
+        noise = fixed if deterministic else self.actor.draw_noise(n_states, self.n_particles)
         return self.run_act(actor_features, critic_features, noise, deterministic)
 
 

@@ -10,14 +10,23 @@ from torch import Tensor
 from sb3_rfm.actors import LATENT_BOUND
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.posterior import LogProb, PosteriorMean, value_and_gradient
+from sb3_rfm.sources import GaussianSource, get_source
 
 
 class QSM(FlowActorCritic):
     """Q-Score Matching: one gradient of Q at ``x_t`` and no candidates.
 
-    The parameters are those of :class:`~sb3_rfm.flow_actor_critic.FlowActorCritic`; ``n_candidates`` is not used and there
-    is no ``coefficient``. ``sampler`` chooses between reverse diffusion, its ODE, and Langevin dynamics.
+    The parameters are those of :class:`~sb3_rfm.flow_actor_critic.FlowActorCritic`; ``n_candidates`` is not used, there is no
+    ``coefficient``, and ``source`` must be Gaussian. ``sampler`` chooses between reverse diffusion, its ODE, and Langevin
+    dynamics.
     """
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        if not isinstance(get_source(self.source), GaussianSource):
+            raise ValueError(
+                f"QSM knows the score of the path, which is a data mean only where source='gaussian', got {self.source!r}."
+            )
 
     def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
         _, score = value_and_gradient(log_prob, x_t.unsqueeze(1))

@@ -3,6 +3,7 @@
 Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136).
 """
 
+import copy
 from typing import ClassVar
 
 from stable_baselines3.common.preprocessing import get_action_dim
@@ -26,7 +27,8 @@ class RFM(FlowActorCritic):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        self.estimator = PosteriorMeanEstimator(self.path, self.n_candidates, self.coefficient, data_scale=LATENT_SCALE)
+        source = copy.deepcopy(self.source)  # compilers leave marks on tensors, with which they are not saved as plain ones
+        self.estimator = PosteriorMeanEstimator(self.path, self.n_candidates, self.coefficient, source, LATENT_SCALE)
 
     def _check_arguments(self) -> None:
         super()._check_arguments()

@@ -2,8 +2,8 @@
 
 A pickle is a program: it may name any function that can be imported, and call it. :class:`AllowListUnpickler` resolves only
 names on a list of data types (spaces, NumPy arrays and generators, Stable-Baselines3's buffers, noises and schedules, the
-classes of ``torch.nn`` and ``torch.optim``, this package's policies and paths) and refuses every other name before anything is
-called. The types on the list do nothing but hold data when they are built.
+classes of ``torch.nn``, ``torch.optim`` and ``torch.distributions``, this package's policies, paths and sources) and refuses
+every other name before anything is called. The types on the list do nothing but hold data when they are built.
 
 See https://docs.python.org/3/library/pickle.html#restricting-globals.
 """
@@ -50,10 +50,12 @@ CLASSES_OF = (
     "sb3_rfm.dict_observations",
     "sb3_rfm.paths",
     "sb3_rfm.policies",
+    "sb3_rfm.sources",
     "stable_baselines3.common.buffers",
     "stable_baselines3.common.noise",
     "stable_baselines3.common.sb2_compat.rmsprop_tf_like",
     "stable_baselines3.common.torch_layers",
+    "torch.distributions",
     "torch.nn.modules",
     "torch.optim",
 )
@@ -79,6 +81,8 @@ def resolve(module: str, name: str) -> Any:
     # Names that moved: Python 2's builtins (pickle protocol 2), and NumPy's private modules (2.0).
     module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
     key = module.replace("numpy._core", "numpy.core", 1)
+    if (module, name) == ("torch.storage", "_load_from_bytes"):
+        return _load_storage
     if name in NAMES.get(key, ()):
         return getattr(importlib.import_module(module), name)
     if key == "numpy" or (key.startswith("numpy.random._") and name in BIT_GENERATORS):
@@ -93,6 +97,11 @@ def resolve(module: str, name: str) -> Any:
         if isinstance(value, type) and value.__module__ == module:
             return value
     raise RefusedError(f"{module}.{name}")
+
+
+def _load_storage(content: bytes) -> Any:
+    """The numbers of a tensor: PyTorch's function for them unpickles whatever it is given, this one nothing but tensors."""
+    return importlib.import_module("torch").load(io.BytesIO(content), weights_only=True)
 
 
 def _torch_dtype() -> type:

@@ -18,6 +18,8 @@ from torch.distributions import Distribution
 class Source(ABC):
     """A distribution on R^D, D taken from the tensors it is used with."""
 
+    mean: float | Tensor = 0.0
+    """Mean, a scalar or (D,)"""
     variance: float = 1.0
     """Variance of one dimension (their mean); ``x_0 + variance * score`` has no noise left where p0 is Gaussian"""
 
@@ -30,6 +32,15 @@ class Source(ABC):
         :param generator: Source of randomness; torch's global one by default
         :return: Samples, (..., D)
         """
+
+    def centre(self, like: Tensor) -> Tensor:
+        """A typical point, where a deterministic policy starts: one fixed sample, unless a source knows better.
+
+        :param like: (..., D)
+        :return: Shape, dtype and device of ``like``
+        """
+        point = self.sample(like.shape[-1:], like.new_empty(0, device="cpu"), torch.Generator().manual_seed(0))
+        return point.to(like.device).expand_as(like)
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
@@ -56,6 +67,9 @@ class GaussianSource(Source):
     def sample(self, shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
 
+    def centre(self, like: Tensor) -> Tensor:
+        return torch.zeros_like(like)
+
     def log_prob(self, x: Tensor) -> Tensor:
         return -0.5 * x.square().sum(-1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
 
@@ -74,20 +88,25 @@ class DistributionSource(Source):
 
     :param distribution: Either scalar (``Laplace(0, 1)``; dimensions are then independent copies of it) or a
         distribution whose samples are vectors (D,)
-    :raises ValueError: when the samples are neither scalars nor vectors
+    :raises ValueError: when the samples are neither scalars nor vectors, or do not cover all of R^D
     """
 
     def __init__(self, distribution: Distribution) -> None:
         shape = distribution.batch_shape + distribution.event_shape
         if len(shape) > 1:
             raise ValueError(f"A source has scalar or (D,) samples, got a distribution with samples of shape {tuple(shape)}.")
+        support = distribution.support
+        assert support is not None
+        far = torch.tensor([-1e4, 1e4]).reshape((2,) + (1,) * len(shape)).expand(2, *shape)
+        if support.is_discrete or not bool(support.check(far).all()):
+            raise ValueError(f"A source covers all of R^D, but {type(distribution).__name__} has the support {support}.")
         self.distribution = distribution
         try:
-            variance = float(distribution.variance.mean())
+            mean, variance = distribution.mean, float(distribution.variance.mean())
         except NotImplementedError:
-            variance = math.nan
-        if math.isfinite(variance):  # heavy tails may have none; the bound it sets is no more than a guard
-            self.variance = variance
+            return
+        if math.isfinite(variance):  # heavy tails may have none; they decide where candidates are drawn, and no more
+            self.mean, self.variance = mean, variance
 
     def sample(self, shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         own = self.distribution.batch_shape + self.distribution.event_shape
@@ -100,6 +119,12 @@ class DistributionSource(Source):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
             return self.distribution.sample(sample_shape).to(like)
+
+    def centre(self, like: Tensor) -> Tensor:
+        try:
+            return self.distribution.mode.to(like).expand_as(like)
+        except NotImplementedError:  # the mean of a mixture may be between its modes
+            return super().centre(like)
 
     def log_prob(self, x: Tensor) -> Tensor:
         log_prob = self.distribution.log_prob(x)

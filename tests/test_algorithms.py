@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from scipy import stats
 from stable_baselines3 import SAC
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
+from torch.distributions import Exponential, Independent, Laplace, MultivariateNormal, Normal, StudentT
 
 from sb3_rfm import DQS, QNE, QSM, RFM, posterior
 from sb3_rfm.actors import LATENT_BOUND
@@ -124,6 +126,10 @@ def test_attributes_are_named_like_arguments(algorithm: type[FlowActorCritic]) -
         ({"coefficient": "best"}, "coefficient"),
         ({"coefficient": float("inf")}, "coefficient"),
         ({"path": "straight"}, "path"),
+        ({"source": "laplace"}, "source 'laplace'"),
+        ({"source": Exponential(1.0)}, "support"),
+        ({"source": Independent(Normal(th.zeros(3), 1.0), 1)}, "dimension 3, but samples of dimension 2"),
+        ({"source": Laplace(0.0, 1.0), "sampler": "sde"}, "source='gaussian'"),
         ({"sampler": "rk45"}, "sampler"),
         ({"proposal": "uniform"}, "proposal"),
         ({"t_min": 0.0}, "t_min"),
@@ -142,6 +148,11 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 def test_fixed_coefficients_stay_fixed(algorithm: type[FlowActorCritic], value: Any) -> None:
     with pytest.raises(ValueError, match="coefficient"):
         algorithm("MlpPolicy", Spring(), **TINY, coefficient=value)
+
+
+def test_qsm_needs_a_gaussian_source() -> None:
+    with pytest.raises(ValueError, match="source='gaussian', got Laplace"):
+        QSM("MlpPolicy", Spring(), **TINY, source=Laplace(0.0, 1.0))
 
 
 def test_coefficients_must_fit_the_actions() -> None:
@@ -241,6 +252,8 @@ def test_learning_rate_schedules_reach_both_optimizers() -> None:
         {"sampler": "langevin", "path": "ve"},
         {"temperature": 0.02, "max_grad_norm": 10.0},
         {"coefficient": [0.1, 0.9]},
+        {"source": StudentT(5.0), "proposal": "policy"},
+        {"source": MultivariateNormal(th.ones(2), th.tensor([[2.0, 0.5], [0.5, 1.0]])), "path": "linear_vp"},
         {"gradient_steps": -1, "train_freq": 4},
         {"train_freq": (1, "episode")},
         {"n_steps": 3},
@@ -277,6 +290,51 @@ def test_the_first_observation_must_be_finite_too() -> None:
 
     with pytest.raises(ValueError, match=r"observation.*not finite"):
         RFM("MlpPolicy", Broken(), **TINY).learn(5)
+
+
+# Source
+
+
+def test_every_draw_of_noise_comes_from_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Acting, the critic's target, x_t and the candidates; by Kolmogorov and Smirnov's test against SciPy's distribution."""
+    drawn: dict[str, Tensor] = {}
+    model = RFM("MlpPolicy", Spring(), **(TINY | {"batch_size": 2_000, "learning_starts": 50}), source=Laplace(0.5, 1.0))
+    model.learn(50)
+    sample_latents, regression_point = model.actor.sample_latents, model._posterior_mean
+
+    def record_noise(features: Tensor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        drawn["acting" if len(features) == 999 else "critic's target"] = noise.flatten()
+        return sample_latents(features, noise, *args, **kwargs)
+
+    def record_point(log_prob: Any, x_t: Tensor, t: Tensor, guess: Tensor) -> posterior.PosteriorMean:
+        drawn["x_t"] = (x_t / model._path.sigma(t)[:, None]).flatten()  # replayed actions are 0
+        return regression_point(log_prob, x_t, t, guess)
+
+    monkeypatch.setattr(model.actor, "sample_latents", record_noise)
+    monkeypatch.setattr(model, "_posterior_mean", record_point)
+    model.replay_buffer.actions[:] = 0
+    model.train(1, 2_000)
+    model.predict(np.zeros((999, 2), np.float32))
+    assert set(drawn) == {"acting", "critic's target", "x_t"}
+    for name, noise in drawn.items():
+        assert stats.kstest(noise.numpy(), stats.laplace(0.5).cdf).pvalue > 1e-4, name
+        assert stats.kstest(noise.numpy(), stats.norm.cdf).pvalue < 1e-6, name
+    assert model.estimator.source.score(th.tensor([[3.0, -3.0]])).tolist() == [[-1.0, 1.0]]
+
+
+def test_the_gaussian_by_any_name_learns_the_same() -> None:
+    """Two ways to the same source draw the same noise and give the same targets, up to rounding."""
+    ours, theirs = (RFM("MlpPolicy", Spring(), **TINY, source=s).learn(40) for s in ("gaussian", Normal(0.0, 1.0)))
+    for a, b in zip(weights(ours), weights(theirs), strict=True):
+        th.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_deterministic_actor_starts_from_the_centre_of_its_source() -> None:
+    model = RFM("MlpPolicy", Spring(), **(TINY | {"n_particles": 1}), source=Laplace(0.5, 1.0))
+    features = model.actor.features(th.zeros(1, 2))
+    expected = th.tanh(model.actor.sample_latents(features, th.full((1, 1, 2), 0.5), deterministic=True)[0])
+    for policy in (model.policy, model.actor):
+        th.testing.assert_close(policy._predict(th.zeros(1, 2), deterministic=True), expected)
 
 
 # Acting

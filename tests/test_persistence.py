@@ -20,12 +20,14 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
+from torch.distributions import Categorical, Laplace, MixtureSameFamily, Normal, StudentT
 
 from sb3_rfm import DQS, QNE, QSM, RFM, Rewindable, RunCheckpoint, safe_pickle
 from sb3_rfm.actors import FlowActor
 from sb3_rfm.checkpoint import checkpoints
 from sb3_rfm.policies import FlowPolicy
 from sb3_rfm.safe_pickle import RefusedError
+from sb3_rfm.sources import DistributionSource, GaussianSource
 
 ALGORITHMS = [RFM, QNE, DQS, QSM]
 TINY: dict[str, Any] = {
@@ -65,6 +67,49 @@ def test_a_loaded_model_acts_and_learns_as_the_saved_one(algorithm: Any, tmp_pat
     assert loaded.policy.temperature == model.policy.temperature
     loaded.learn(20)
     assert os.path.getsize(tmp_path / "model.zip") < 200_000
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        Laplace(0.0, 1.0),
+        StudentT(5.0),
+        MixtureSameFamily(Categorical(th.ones(2)), Normal(th.tensor([-1.0, 1.0]), 0.5)),
+        DistributionSource(Laplace(0.0, 1.0)),
+        GaussianSource(),
+    ],
+    ids=["laplace", "student", "mixture", "own class", "gaussian"],
+)
+def test_the_source_comes_back(source: Any, tmp_path: Path) -> None:
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY, source=source).learn(20)
+    model.save(tmp_path / "model")
+    model.policy.save(str(tmp_path / "policy"))
+    model.actor.save(str(tmp_path / "actor"))
+    loaded = RFM.load(tmp_path / "model", env=model.get_env())
+    assert type(loaded.source) is type(source)
+    pairs = [(model, loaded), (model.policy, FlowPolicy.load(str(tmp_path / "policy")))]
+    pairs.append((model.actor, FlowActor.load(str(tmp_path / "actor"))))
+    for deterministic in (True, False):
+        for saved, read in pairs:
+            actions = []
+            for network in (saved, read):
+                th.manual_seed(0)
+                actions.append(network.predict(OBSERVATIONS, deterministic=deterministic)[0])
+            np.testing.assert_array_equal(*actions)
+    loaded.learn(20)
+
+
+class OwnSource(GaussianSource):
+    """A source that somebody defined in their own code."""
+
+
+def test_own_sources_need_trust(tmp_path: Path) -> None:
+    RFM("MlpPolicy", "Pendulum-v1", **TINY, source=OwnSource()).save(tmp_path / "model")
+    with pytest.raises(RefusedError, match=r"'source'.*OwnSource"):
+        RFM.load(tmp_path / "model")
+    assert isinstance(RFM.load(tmp_path / "model", trusted=True).source, OwnSource)
+    replaced = RFM.load(tmp_path / "model", custom_objects={"source": "gaussian"})
+    assert replaced.actor.source == "gaussian"
 
 
 def test_parameters_can_be_read_and_written(tmp_path: Path) -> None:
@@ -195,6 +240,24 @@ def test_a_malicious_policy_or_buffer_runs_nothing(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="system"):
         model.load_replay_buffer(tmp_path / "buffer.pkl")
     assert not target.exists()
+
+
+def test_a_malicious_tensor_runs_nothing(tmp_path: Path) -> None:
+    """PyTorch pickles the numbers of a tensor as a file inside the file, which it would read without any check."""
+    target = tmp_path / "boom"
+    for zipped in (True, False):
+        inner = io.BytesIO()
+        th.save(Bomb(target), inner, _use_new_zipfile_serialization=zipped)
+
+        class Tensor:
+            def __reduce__(self, content: bytes = inner.getvalue()) -> tuple[Any, ...]:
+                return th.storage._load_from_bytes, (content,)
+
+        with pytest.raises(ValueError, match="system"):
+            safe_pickle.load(io.BytesIO(pickle.dumps(Tensor())))
+    assert not target.exists()
+    numbers = th.arange(6.0).reshape(2, 3)
+    assert th.equal(safe_pickle.load(io.BytesIO(pickle.dumps(numbers))), numbers)
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,22 @@ def test_localised_candidates_find_what_the_source_misses() -> None:
     assert error(1.0, truth + 0.1 * normal(100, 4, seed=1)) < 0.5 * error(1.0, None)
 
 
+@pytest.mark.parametrize("points", ["independent", "antithetic", "sobol"])
+def test_localised_candidates_are_draws_of_a_gaussian_posterior(points: str) -> None:
+    """Where source and target are Gaussian, whatever their means and variances, all weights are equal."""
+    x_t, t = normal(6, 3), torch.linspace(0.1, 0.95, 6, dtype=torch.float64)
+    estimator = PosteriorMeanEstimator(
+        "cosine",
+        16,
+        0.0,
+        source=Normal(1.5, 2.0),
+        data_scale=0.7,
+        points=points,  # type: ignore[arg-type]
+    )
+    result = estimator(gaussian(0.7**-2, 0.0), x_t, t, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(result.ess, torch.full_like(t, 16.0), rtol=1e-6, atol=0)
+
+
 # Sources that are not Gaussian: quadrature in one dimension
 
 SOURCES = {
@@ -199,6 +215,9 @@ def test_any_source_by_quadrature(source: str, coefficient: str | float, t_value
     assert z_scores(result.x0 - moments(at)[1]).abs() < 4.5
     assert z_scores(result.score - score).abs() < 4.5
     assert (result.x0 - moments(at)[1]).abs().mean() < 0.2
+    local = PosteriorMeanEstimator("cond_ot", 1500, coefficient, source=p0, data_scale=1.2)
+    result = local(lambda x: log_p1(x).sum(-1), x_t, t, torch.Generator().manual_seed(4), guess=torch.full_like(x_t, 0.5))
+    assert z_scores(result.x0 - moments(at)[1]).abs() < 4.5
 
 
 def test_the_best_combination_of_scores_beats_both() -> None:

@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch.distributions import (
     Categorical,
+    Distribution,
+    Exponential,
     Independent,
     Laplace,
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
+    Poisson,
     StudentT,
+    Uniform,
 )
 
 from sb3_rfm.sources import DistributionSource, GaussianSource, Source, get_source
@@ -77,6 +81,22 @@ def test_samples_follow_the_generator_and_leave_the_global_one_alone() -> None:
 def test_variance_is_that_of_one_dimension() -> None:
     assert DistributionSource(Laplace(0.0, 2.0)).variance == pytest.approx(8.0)
     assert DistributionSource(StudentT(1.5)).variance == 1.0  # it has none
+
+
+def test_the_centre_is_a_mode_where_one_is_known_and_else_a_fixed_sample() -> None:
+    like = torch.empty(3, 1, 2)
+    assert torch.equal(GaussianSource().centre(like), torch.zeros(3, 1, 2))
+    assert torch.equal(DistributionSource(Laplace(2.0, 1.0)).centre(like), torch.full((3, 1, 2), 2.0))
+    before = torch.random.get_rng_state()
+    first, second = (DistributionSource(MIXTURE).centre(like) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == like.shape
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("distribution", [Uniform(-1.0, 1.0), Exponential(1.0), Poisson(3.0)], ids=lambda d: type(d).__name__)
+def test_sources_that_leave_something_out_are_refused(distribution: Distribution) -> None:
+    with pytest.raises(ValueError, match=rf"all of R\^D, but {type(distribution).__name__} has the support"):
+        get_source(distribution)
 
 
 def test_bad_sources_are_named() -> None:

@@ -77,7 +77,9 @@ class Evaluator:
         if n_particles is None or not isinstance(model, FlowActorCritic):
             return None
         before = model.policy.n_particles
-        model.policy.configure_sampling(model.path, model.sampler, model.integration_steps, n_particles, model.t_min)
+        model.policy.configure_sampling(
+            model.path, model.source, model.sampler, model.integration_steps, n_particles, model.t_min
+        )
         return before
 
 
