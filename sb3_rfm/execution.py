@@ -158,5 +158,3 @@ def _load_compiler() -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        import torch._dynamo
-        import torch._inductor.compile_fx
