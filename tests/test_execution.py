@@ -1,11 +1,15 @@
 """Choice of execution mode, and the fallback of what cannot be compiled."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_rfm import RFM, execution
+from sb3_rfm import DQS, QNE, QSM, RFM, execution
 from sb3_rfm.execution import Executor, resolve_mode, resolve_precision
+from sb3_rfm.flow_actor_critic import FlowActorCritic
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -73,12 +77,42 @@ def test_errors_of_the_function_are_not_swallowed() -> None:
             Executor(mode).prepare(failing)(torch.ones(2))
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_compiled_updates_are_the_eager_ones(precision: execution.Precision) -> None:
+class ForbidTransfers(TorchDispatchMode):
+    """Refuses every operation for which the host would have to wait for the device."""
+
+    WAITING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.is_nonzero)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func._overloadpacket not in self.WAITING, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("algorithm", [RFM, QNE, DQS, QSM])
+@pytest.mark.parametrize("proposal", ["replay", "policy"])
+def test_the_host_waits_for_nothing_inside_an_update(algorithm: type[FlowActorCritic], proposal: str) -> None:
+    model = algorithm(
+        "MlpPolicy", "Pendulum-v1", learning_starts=20, device="cpu", execution="eager", proposal=proposal, max_grad_norm=1.0
+    )
+    model.learn(25)
+    batch = model.replay_buffer.sample(8)  # type: ignore[union-attr]
+    with ForbidTransfers():
+        model._update_reward_scale(batch.rewards)
+        metrics = model._update_networks(batch)
+        model._update_temperature(metrics["action_spread"])
+        model._update_target_critic()
+        with pytest.raises(AssertionError, match="waits for the device"):
+            metrics["action_spread"].item()
+
+
+@pytest.mark.filterwarnings("error:.*could not be compiled")
+@pytest.mark.parametrize(
+    ("algorithm", "precision"), [(RFM, "float32"), (RFM, "bfloat16"), (QNE, "bfloat16"), (QSM, "float32")]
+)
+def test_compiled_updates_are_the_eager_ones(algorithm: type[FlowActorCritic], precision: execution.Precision) -> None:
     """Both modes draw the same numbers, so weights and actions may differ by rounding only."""
 
     def run(mode: execution.ExecutionMode) -> tuple[torch.Tensor, np.ndarray, str]:
-        model = RFM(
+        model = algorithm(
             "MlpPolicy",
             "Pendulum-v1",
             batch_size=8,
