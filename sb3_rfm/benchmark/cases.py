@@ -140,31 +140,56 @@ def cores(n: int) -> Iterator[None]:
             os.sched_setaffinity(0, allowed)
 
 
+class PrintMemory(BaseCallback):
+    """Print the memory of this process at equal intervals.
+
+    :param every: Environment steps
+    """
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.every = every
+
+    def _on_step(self) -> bool:
+        if self.n_calls % self.every == 0:
+            print(f"{self.n_calls} {memory('VmRSS'):.1f}", flush=True)
+        return True
+
+
+def memory(field: str) -> float:
+    """Memory of this process in megabytes, by its name in Linux's ``/proc/self/status``: VmRSS → now, VmHWM → most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 2**10
+
+
 def peak_memory() -> float:
     """Most memory that this process has had, in megabytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says on Linux includes the memory of the process that started this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 2**10
+    if Path("/proc/self/status").exists():  # getrusage includes, on Linux, the memory of the process that started this one
+        return memory("VmHWM")
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Learn for a moment and print the peak memory.
+    """Learn and print the peak memory in megabytes.
+
+    ``--every N`` prints the memory every N steps as well, with a replay buffer that is full after the first N.
 
     :param argv: Arguments; those of the process by default
     """
     parser = argparse.ArgumentParser(prog="python -m sb3_rfm.benchmark.cases")
     parser.add_argument("case")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--every", type=int, help="print the memory every so many steps (Linux)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--execution")
     args = parser.parse_args(argv)
     with cores(args.threads):
-        model = build(args.case, Sizes(), args.device, args.execution)
-        model.learn(LONG_RUN, callback=StopAfter(args.steps))
+        model = build(args.case, Sizes(), args.device, args.execution, **({"buffer_size": args.every} if args.every else {}))
+        callbacks = [StopAfter(args.steps), *([PrintMemory(args.every)] if args.every else [])]
+        model.learn(LONG_RUN, callback=callbacks)
     print(peak_memory())
 
 
