@@ -25,7 +25,7 @@ from sb3_rfm.benchmark.speed import Conditions, seconds_per_call
 AXES: dict[str, tuple[str, list[int]]] = {
     "n_candidates": ("candidates K", [4, 16, 32, 64, 128, 256]),
     "n_target_particles": ("particles of the target", [1, 4, 8, 16, 32]),
-    "integration_steps": ("integration steps", [1, 2, 5, 10, 20]),
+    "integration_steps": ("integration steps", [1, 2, 4, 8, 16]),
     "batch": ("batch", [64, 128, 256, 512, 1024]),
     "width": ("network width", [64, 128, 256, 512, 1024]),
     "action_dim": ("action dimensions", [1, 3, 6, 16, 32, 64]),
