@@ -106,13 +106,38 @@ def test_the_host_waits_for_nothing_inside_an_update(algorithm: type[FlowActorCr
 
 @pytest.mark.filterwarnings("error:.*could not be compiled")
 @pytest.mark.parametrize(
-    ("algorithm", "precision"), [(RFM, "float32"), (RFM, "bfloat16"), (QNE, "bfloat16"), (QSM, "float32")]
+    ("algorithm", "precision", "tolerance"),
+    [(RFM, "float32", 1e-5), (RFM, "bfloat16", 1e-3), (QNE, "bfloat16", 1e-3), (QSM, "float32", 1e-5)],
 )
-def test_compiled_updates_are_the_eager_ones(algorithm: type[FlowActorCritic], precision: execution.Precision) -> None:
-    """Both modes draw the same numbers, so weights and actions may differ by rounding only."""
+def test_compiled_losses_have_the_eager_gradients(
+    algorithm: type[FlowActorCritic], precision: execution.Precision, tolerance: float
+) -> None:
+    """Both modes draw the same numbers, so what differs is rounding: a small part of the largest gradient."""
+    model = algorithm(
+        "MlpPolicy", "Pendulum-v1", learning_starts=20, seed=0, device="cpu", execution="eager", precision=precision
+    )
+    model.learn(60)
+    batch = model.replay_buffer.sample(32)  # type: ignore[union-attr]
+    arguments = (batch.observations, batch.observations, batch.actions, batch.next_observations, batch.next_observations)
+
+    def gradients(losses: Any) -> torch.Tensor:
+        torch.manual_seed(1)
+        model.policy.zero_grad()
+        loss, _ = losses(*arguments, batch.rewards.flatten(), torch.full((32,), 0.99))
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.policy.parameters() if p.grad is not None])
+
+    eager = gradients(model._losses)
+    compiled = gradients(Executor("compile").prepare(model._losses))
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=tolerance * float(eager.abs().max()))
+
+
+@pytest.mark.filterwarnings("error:.*could not be compiled")
+def test_compiled_runs_are_the_eager_ones() -> None:
+    """After some updates, weights and actions differ by rounding only."""
 
     def run(mode: execution.ExecutionMode) -> tuple[torch.Tensor, np.ndarray, str]:
-        model = algorithm(
+        model = RFM(
             "MlpPolicy",
             "Pendulum-v1",
             batch_size=8,
@@ -120,7 +145,7 @@ def test_compiled_updates_are_the_eager_ones(algorithm: type[FlowActorCritic], p
             seed=0,
             device="cpu",
             execution=mode,
-            precision=precision,
+            precision="float32",
             policy_kwargs={"net_arch": [16, 16]},
         )
         model.learn(25)
@@ -130,6 +155,5 @@ def test_compiled_updates_are_the_eager_ones(algorithm: type[FlowActorCritic], p
 
     (eager, eager_actions, _), (compiled, compiled_actions, mode) = run("eager"), run("compile")
     assert mode == "compile"
-    tolerance = 1e-5 if precision == "float32" else 5e-3
-    torch.testing.assert_close(compiled, eager, rtol=0, atol=tolerance)
-    np.testing.assert_allclose(compiled_actions, eager_actions, rtol=0, atol=2 * tolerance)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(compiled_actions, eager_actions, rtol=0, atol=2e-5)
