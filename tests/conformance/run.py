@@ -1,7 +1,7 @@
 """Run Stable-Baselines3's own tests with its SAC or TD3 replaced by the algorithms of this package.
 
-The tests come from SB3's source distribution, at the version that is installed; no copy of them is kept here. What is not run
-is listed in ``deselected.toml``, each with its reason.
+The tests come from SB3's source distribution, at the version that is installed; no copy of them is kept here. What is not
+run, or not with the default arguments, is listed in ``exceptions.toml``, each with its reason.
 
     python tests/conformance/run.py                                # everything
     python tests/conformance/run.py --algos RFM --as SAC -k cnn    # a part
@@ -90,7 +90,7 @@ def run_pass(tests: Path, algo: str, alias: str, modules: list[str], pytest_args
             "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "CONFORMANCE_ALGO": algo,
             "CONFORMANCE_AS": alias,
-            "CONFORMANCE_DESELECTED": str(HERE / "deselected.toml"),
+            "CONFORMANCE_EXCEPTIONS": str(HERE / "exceptions.toml"),
             "CONFORMANCE_REPORT": str(report),
         }
         command = [sys.executable, "-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "--rootdir", str(tests.parent)]
@@ -101,26 +101,32 @@ def run_pass(tests: Path, algo: str, alias: str, modules: list[str], pytest_args
         if not report.exists():
             raise RuntimeError(f"pytest did not run:\n{result.stdout}\n{result.stderr}")
         data: dict[str, Any] = json.loads(report.read_text())
+    data["seconds"] = time.monotonic() - started
     failed = sum(len(module["failed"]) for module in data["modules"].values())
-    print(f"{algo} as {alias}: {failed} failed, {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{algo} as {alias}: {failed} failed, {data['seconds']:.0f} s", flush=True)
     if failed:
         print(result.stdout, flush=True)
     return data
 
 
+OUTCOMES = ["passed", "failed", "skipped", "deselected"]
+
+
 def markdown(results: dict[tuple[str, str], dict[str, Any]], modules: list[str]) -> str:
-    """The table module × algorithm, and the reasons of the deselected tests.
+    """The table module × algorithm, and the reasons of what was not simply run and passed.
 
     :param results: Results of :func:`run_pass` by algorithm and replaced class
     :param modules: Test modules
     """
+    seconds = sum(data["seconds"] for data in results.values())
     lines = [
-        f"Stable-Baselines3 {importlib.metadata.version('stable-baselines3')}, passed / failed / deselected:",
+        f"Stable-Baselines3 {importlib.metadata.version('stable-baselines3')}, {' / '.join(OUTCOMES)} "
+        f"({seconds / 60:.0f} minutes of one core):",
         "",
         "| module | " + " | ".join(f"{algo} as {alias}" for algo, alias in results) + " |",
         "|---|" + "---|" * len(results),
     ]
-    totals = {key: [0, 0, 0] for key in results}
+    totals = {key: [0] * len(OUTCOMES) for key in results}
     for module in modules:
         cells = []
         for key, data in results.items():
@@ -128,19 +134,42 @@ def markdown(results: dict[tuple[str, str], dict[str, Any]], modules: list[str])
             if outcome is None:
                 cells.append("–")
                 continue
-            counts = [outcome["passed"], len(outcome["failed"]), len(outcome["deselected"])]
+            counts = [count(outcome[name]) for name in OUTCOMES]
             totals[key] = [a + b for a, b in zip(totals[key], counts, strict=True)]
             cells.append(" / ".join(map(str, counts)))
         lines.append(f"| `{module}` | " + " | ".join(cells) + " |")
     lines.append("| **total** | " + " | ".join(" / ".join(map(str, total)) for total in totals.values()) + " |")
-    lines += ["", "Deselected:", ""]
-    reasons: dict[tuple[str, str], set[str]] = {}
-    for (algo, alias), data in results.items():
-        for outcome in data["modules"].values():
-            for name, reason in outcome["deselected"]:
-                reasons.setdefault((name.replace(algo, alias), reason), set()).add(alias)
-    lines += [f"- `{name}` (as {', '.join(sorted(aliases))}): {reason}" for (name, reason), aliases in sorted(reasons.items())]
+    titles = {
+        "failed": "Failed",
+        "skipped": "Skipped by the tests themselves",
+        "changed": "Passed or failed with other arguments than the test's",
+        "deselected": "Deselected",
+    }
+    for kind, title in titles.items():
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for (algo, alias), data in results.items():
+            for outcome in data["modules"].values():
+                for name, reason in outcome[kind]:
+                    reasons.setdefault((name.replace(algo, "{algo}"), reason), []).append(f"{algo} as {alias}")
+        if reasons:
+            lines += ["", f"{title}:", ""]
+        for (name, reason), passes in sorted(reasons.items()):
+            lines.append(f"- `{name}` ({summary(passes, list(results))}): {reason}")
     return "\n".join(lines) + "\n"
+
+
+def count(outcome: int | list[Any]) -> int:
+    return outcome if isinstance(outcome, int) else len(outcome)
+
+
+def summary(passes: list[str], results: list[tuple[str, str]]) -> str:
+    """``"as SAC"`` where every algorithm that was run in place of it is meant, else the passes."""
+    named = []
+    for alias in ALIASES:
+        mine = [f"{algo} as {alias}" for algo, other in results if other == alias]
+        here = [name for name in mine if name in passes]
+        named += [f"as {alias}"] if here and here == mine else here
+    return ", ".join(named)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -167,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.output.write_text(table)
     stale = sorted({test for data in outcomes for test in data["stale"]})
     if stale and options.modules == MODULES and not options.subset and not pytest_args:
-        print(f"Listed in deselected.toml, but no such test exists: {', '.join(stale)}")
+        print(f"Listed in exceptions.toml, but no such test exists: {', '.join(stale)}")
         return 1
     return int(any(module["failed"] for data in outcomes for module in data["modules"].values()))
 
