@@ -17,6 +17,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from sb3_rfm.arguments import check_observation
 from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
 from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentModel
@@ -54,6 +55,14 @@ def check_sampler(sampler: str, source: Source) -> None:
 
 class BoundedPolicy(PersistentModel, BasePolicy):
     """A policy whose actions never leave their box by a rounding, however small, large or degenerate it is."""
+
+    def predict(self, observation: Any, *args: Any, **kwargs: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Actions for observations; see SB3's ``BasePolicy.predict``.
+
+        :raises ValueError: for observations of another shape or with other entries, and where they are not finite
+        """
+        check_observation(observation, self.observation_space)
+        return super().predict(observation, *args, **kwargs)
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """Rescale actions from the action space to [-1, 1]; 0 where the box has no extent."""

@@ -247,7 +247,9 @@ def read_description(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
     :raises ValueError: where it is not
     """
     if "run.json" not in archive.namelist():
-        raise ValueError(f"{name} is not a checkpoint: it has no 'run.json'. (A saved model is read by load, not by resume.)")
+        raise ValueError(
+            f"{name} is not a checkpoint, or it is truncated: the archive has no 'run.json'. (Saved models are read by load.)"
+        )
     damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"{name} is damaged: the checksum of '{damaged}' does not match.")
@@ -255,7 +257,10 @@ def read_description(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:
     if description.get("format") != FORMAT:
         raise ValueError(f"{name} is not a checkpoint of sb3_rfm: its format is {description.get('format')!r}.")
     if description.get("version") != VERSION:
-        raise ValueError(f"{name} has checkpoint format {description.get('version')}; this version reads {VERSION}.")
+        raise ValueError(
+            f"{name} has checkpoint format {description.get('version')}; this version of sb3_rfm reads {VERSION}. "
+            "Resume with the version that wrote it."
+        )
     return description
 
 

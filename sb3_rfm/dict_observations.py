@@ -31,9 +31,12 @@ class DictExtractor(CombinedExtractor):
 
     :param observation_space: Dictionary of observations
     :param kwargs: Keyword arguments of ``CombinedExtractor``
+    :raises ValueError: for other observations
     """
 
     def __init__(self, observation_space: spaces.Dict, **kwargs: Any) -> None:
+        if not isinstance(observation_space, spaces.Dict):
+            raise ValueError(f"MultiInputPolicy is for dictionaries; for {observation_space}, use MlpPolicy or CnnPolicy.")
         super().__init__(observation_space, **kwargs)
         for key in scalar_keys(observation_space):
             self.extractors[key] = ToVector()

@@ -30,6 +30,7 @@ from torch.distributions import Distribution
 from torch.nn import functional as F
 
 from sb3_rfm.actors import FlowActor, check_sampler, squash, unsquash
+from sb3_rfm.arguments import check_algorithm, check_finite, check_integer, check_policy_name
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictBuffer, scalar_keys
 from sb3_rfm.execution import (
@@ -54,6 +55,10 @@ LATENT_SCALE = 1.0
 
 AUTO_TEMPERATURE = 0.2
 """``temperature="auto"`` is ``"auto_0.2"``."""
+
+NOT_LEARNED = (
+    "The environment returned it. Nothing was learned from it: the weights and the replay buffer are as before this step."
+)
 
 
 def log_sech2(u: Tensor) -> Tensor:
@@ -202,6 +207,10 @@ class FlowActorCritic(PersistentAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        check_policy_name(self, policy_name, FlowPolicy)
+        return super()._get_policy_from_name(policy_name)
+
     def _setup_model(self) -> None:
         self._check_arguments()
         if self.replay_buffer_class is None and self.n_steps == 1 and scalar_keys(self.observation_space):
@@ -234,7 +243,7 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
-        _check_finite("observation", self._last_obs)
+        check_finite("observation", self._last_obs, NOT_LEARNED)
         mode = resolve_mode(self.execution, self.device, self._expected_updates(total_timesteps))
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -251,18 +260,17 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _check_arguments(self) -> None:
         """Refuse arguments out of range before anything is built."""
+        check_algorithm(self, FlowPolicy)
         parse_auto_temperature(self.temperature)
         if self.coefficient is None:
             self.coefficient = self.default_coefficient
         elif self.coefficient_is_fixed and self.coefficient != self.default_coefficient:
+            fixed = "has no coefficient" if self.default_coefficient is None else f"fixes it at {self.default_coefficient}"
             raise ValueError(
-                f"The coefficient of {type(self).__name__} is fixed at {self.default_coefficient}, got {self.coefficient!r}; "
-                "use RFM to choose one."
+                f"coefficient must be left out: {type(self).__name__} {fixed}, got {self.coefficient!r}; RFM lets you choose."
             )
         for name in ("n_candidates", "integration_steps", "n_particles", "n_target_particles"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+            check_integer(name, getattr(self, name), 1)
         if self.proposal not in ("replay", "policy"):
             raise ValueError(f"proposal must be 'replay' or 'policy', got {self.proposal!r}.")
         if not (_is_number(self.t_min) and 0 < self.t_min < 0.5):
@@ -494,10 +502,10 @@ class FlowActorCritic(PersistentAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         """Store a transition, unless the environment returned something that would destroy the weights."""
-        _check_finite("reward", reward)
-        _check_finite("observation", new_obs)
+        check_finite("reward", reward, NOT_LEARNED)
+        check_finite("observation", new_obs, NOT_LEARNED)
         for info in infos:
-            _check_finite("observation", info.get("terminal_observation", 0.0))
+            check_finite("observation", info.get("terminal_observation", 0.0), NOT_LEARNED)
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def learn(
@@ -545,16 +553,3 @@ def parse_auto_temperature(temperature: float | str) -> float | None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_finite(name: str, values: Any) -> None:
-    if isinstance(values, dict):
-        for key, value in values.items():
-            _check_finite(f"{name} {key!r}", value)
-        return
-    values = np.asarray(values)
-    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
-        raise ValueError(
-            f"The environment returned a {name} that is not finite: {values}. Nothing was learned from it; "
-            "the weights and the replay buffer are as they were before this step."
-        )

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import io
 import pathlib
 import zipfile
@@ -54,12 +55,15 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         :param trusted: Read everything, as SB3 does: this runs any code that the file contains
         :param kwargs: Attributes of the model to replace
         :raises ~sb3_rfm.safe_pickle.RefusedError: where the file refers to anything but known data types, unless ``trusted``
-        :raises ValueError: where the file is not a saved model
+        :raises ValueError: where the file is not a saved model, or ``kwargs`` names no attribute
         """
         # The content that is checked must be the content that is loaded, whatever happens to the file in between.
         content = io.BytesIO(_read(path, suffix="zip"))
         name = str(path) if isinstance(path, (str, pathlib.Path)) else str(getattr(path, "name", "the file"))
-        safe_pickle.check_model(content, name, custom_objects or (), trusted)
+        members = safe_pickle.check_model(content, name, custom_objects or (), trusted)
+        unknown = kwargs.keys() - inspect.signature(cls.__init__).parameters.keys() - members
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))} that load could replace.")
         content.seek(0)
         return super().load(content, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
@@ -83,6 +87,10 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         """Continue with another replay buffer, as SB3 does after loading one."""
         if not isinstance(buffer, ReplayBuffer):
             raise ValueError(f"The file holds a {type(buffer).__name__}, not a replay buffer.")
+        for name in ("observation_space", "action_space"):
+            theirs, ours = getattr(buffer, name), getattr(self, name)
+            if theirs != ours:
+                raise ValueError(f"The replay buffer has the {name} {theirs}, the model {ours}.")
         if isinstance(buffer, HerReplayBuffer):
             if self.env is None:
                 raise ValueError("A HerReplayBuffer needs the environment: pass env=... when loading the model.")
@@ -146,6 +154,8 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         model._set_replay_buffer(buffer, truncate_last_traj=False)
         vec_env = model.get_env()
         assert vec_env is not None
+        if vec_env.num_envs != description["n_envs"]:
+            raise ValueError(f"The run had {description['n_envs']} environments, env has {vec_env.num_envs}.")
         checkpoint.restore_env(vec_env, state)
         checkpoint.set_random_state(model, state["random"])
         return model

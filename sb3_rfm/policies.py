@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sb3_rfm.actors import BoundedPolicy, FlowActor, squash
+from sb3_rfm.arguments import check_networks
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictExtractor
 from sb3_rfm.paths import Path
@@ -89,6 +90,7 @@ class FlowPolicy(BoundedPolicy):
             normalize_images=normalize_images,
         )
         self.net_arch = [256, 256] if net_arch is None else net_arch
+        check_networks(self.net_arch, activation_fn, optimizer_class, n_critics)
         self.activation_fn = activation_fn
         self.n_critics = n_critics
         self.share_features_extractor = share_features_extractor

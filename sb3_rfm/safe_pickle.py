@@ -136,13 +136,14 @@ def load(file: IO[bytes], what: str = "file") -> Any:
         raise ValueError(f"The {what} cannot be read: it is truncated, damaged or something else ({error}).") from error
 
 
-def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = (), trusted: bool = False) -> None:
+def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = (), trusted: bool = False) -> Collection[str]:
     """Check that a file is a model saved by Stable-Baselines3 and that reading it runs no code of its own.
 
     :param file: The zip archive
     :param name: Its name, for errors
     :param custom_objects: Members that the caller replaces: they are not read
     :param trusted: Check only that it is a saved model
+    :return: Names of its members
     :raises RefusedError: where a member refers to anything that is not on the list
     :raises ValueError: where the file is not a saved model
     """
@@ -150,7 +151,9 @@ def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = ()
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             if "data" not in names or "policy.pth" not in names:
-                raise ValueError(f"{name} is not a saved model: the zip archive has no 'data' and 'policy.pth', but {names}.")
+                raise ValueError(
+                    f"{name} is not a saved model, or it is truncated: it has no 'data' and 'policy.pth', but {names}."
+                )
             damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"{name} is damaged: the checksum of '{damaged}' does not match.")
@@ -162,17 +165,25 @@ def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = ()
     if not isinstance(data, dict):
         raise ValueError(f"{name} is not a saved model: its 'data' is not a JSON object.")
     if trusted:
-        return
+        return data.keys()
     if "env" in data:
         # SB3 saves none, but would make one from its name, which may name any module to import.
-        raise RefusedError(f"{name} brings an environment, {data['env']!r}: {TRUST}")
+        raise RefusedError(f"{name} brings an environment, {data['env']!r}. {TRUST}.")
     for member, value in data.items():
         if isinstance(value, dict) and ":serialized:" in value and member not in custom_objects:
             try:
                 content = base64.b64decode(value[":serialized:"])
             except (TypeError, binascii.Error) as error:
                 raise ValueError(f"{name} is damaged: its member '{member}' is not base64.") from error
-            load(io.BytesIO(content), f"member '{member}' of {name}")
+            try:
+                load(io.BytesIO(content), f"member '{member}' of {name}")
+            except RefusedError as error:
+                if member != "policy_class":
+                    raise
+                raise RefusedError(
+                    f"{error} The policy is none of sb3_rfm: perhaps another algorithm saved the file."
+                ) from None
+    return data.keys()
 
 
 def check_torch_file(path: str) -> None:

@@ -12,7 +12,7 @@ from scipy import stats
 from stable_baselines3 import SAC
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
-from torch.distributions import Exponential, Independent, Laplace, MultivariateNormal, Normal, StudentT
+from torch.distributions import Laplace, MultivariateNormal, Normal, StudentT
 
 from sb3_rfm import DQS, QNE, QSM, RFM, posterior
 from sb3_rfm.actors import LATENT_BOUND
@@ -111,53 +111,6 @@ def test_attributes_are_named_like_arguments(algorithm: type[FlowActorCritic]) -
             assert hasattr(model, name), name
     for name in ("batch_size", "n_candidates", "n_particles", "integration_steps", "learning_starts", "seed"):
         assert getattr(model, name) == TINY[name]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"temperature": -1.0}, "temperature"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
-        ({"n_candidates": 0}, "n_candidates"),
-        ({"n_particles": 1.5}, "n_particles"),
-        ({"n_target_particles": 0}, "n_target_particles"),
-        ({"integration_steps": 0}, "integration_steps"),
-        ({"coefficient": "best"}, "coefficient"),
-        ({"coefficient": float("inf")}, "coefficient"),
-        ({"path": "straight"}, "path"),
-        ({"source": "laplace"}, "source 'laplace'"),
-        ({"source": Exponential(1.0)}, "support"),
-        ({"source": Independent(Normal(th.zeros(3), 1.0), 1)}, "dimension 3, but samples of dimension 2"),
-        ({"source": Laplace(0.0, 1.0), "sampler": "sde"}, "source='gaussian'"),
-        ({"sampler": "rk45"}, "sampler"),
-        ({"proposal": "uniform"}, "proposal"),
-        ({"t_min": 0.0}, "t_min"),
-        ({"t_min": 0.5}, "t_min"),
-        ({"max_grad_norm": 0.0}, "max_grad_norm"),
-        ({"execution": "fast"}, "execution"),
-        ({"precision": "float8"}, "precision"),
-    ],
-)
-def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        RFM("MlpPolicy", Spring(), **(TINY | arguments))
-
-
-@pytest.mark.parametrize(("algorithm", "value"), [(QNE, 1.0), (QNE, "optimal"), (DQS, 0.5), (QSM, 0.0)])
-def test_fixed_coefficients_stay_fixed(algorithm: type[FlowActorCritic], value: Any) -> None:
-    with pytest.raises(ValueError, match="coefficient"):
-        algorithm("MlpPolicy", Spring(), **TINY, coefficient=value)
-
-
-def test_qsm_needs_a_gaussian_source() -> None:
-    with pytest.raises(ValueError, match="source='gaussian', got Laplace"):
-        QSM("MlpPolicy", Spring(), **TINY, source=Laplace(0.0, 1.0))
-
-
-def test_coefficients_must_fit_the_actions() -> None:
-    with pytest.raises(ValueError, match="coefficient"):
-        RFM("MlpPolicy", Spring(), **TINY, coefficient=[0.1, 0.2, 0.3]).learn(20)
 
 
 # Learning

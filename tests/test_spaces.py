@@ -84,23 +84,6 @@ def test_actions_lie_in_their_box(box: spaces.Box) -> None:
     assert all(box.contains(action) for action in model.policy.unscale_action(edges))
 
 
-@pytest.mark.parametrize("box", [spaces.Box(-np.inf, np.inf, (2,)), spaces.Box(0, np.inf, (2,))])
-def test_unbounded_actions_are_refused(box: spaces.Box) -> None:
-    with pytest.raises((AssertionError, ValueError), match=r"finite|bound"):
-        RFM("MlpPolicy", RandomEnv(VECTOR, box), **TINY)
-
-
-@pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([2, 2]), spaces.MultiBinary(2)])
-def test_other_actions_are_refused(space: spaces.Space) -> None:
-    with pytest.raises((AssertionError, ValueError), match=r"Box"):
-        RFM("MlpPolicy", RandomEnv(VECTOR, space), **TINY)
-
-
-def test_dictionaries_need_their_policy() -> None:
-    with pytest.raises(ValueError, match="MultiInputPolicy"):
-        RFM("MlpPolicy", RandomEnv(spaces.Dict({"a": VECTOR}), ACTION), **TINY)
-
-
 DICTIONARY = spaces.Dict(
     {
         "scalar": spaces.Box(-1, 1, ()),

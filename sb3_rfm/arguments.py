@@ -1,0 +1,132 @@
+"""Checks of what users pass: each error says what was wrong and what was expected."""
+
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+
+from sb3_rfm.dict_observations import scalar_keys
+
+OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict)
+
+
+def check_integer(name: str, value: object, least: int) -> None:
+    """Check that an argument is an integer ``>= least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+
+
+def check_share(name: str, value: object) -> None:
+    """Check that an argument is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}.")
+
+
+def check_algorithm(model: OffPolicyAlgorithm, policy_type: type[BasePolicy]) -> None:
+    """Check the arguments that Stable-Baselines3 takes as they come, and the spaces.
+
+    :param model: The algorithm, before its networks are built
+    :param policy_type: What its policy must be a subclass of
+    :raises ValueError: for anything that would fail later, or silently do nothing
+    """
+    if not (isinstance(model.policy_class, type) and issubclass(model.policy_class, policy_type)):
+        raise ValueError(f"{_expected_policy(model, policy_type)}, got {model.policy_class!r}.")
+    if getattr(model, "action_space", None) is None:
+        raise ValueError(f"{type(model).__name__} needs an environment, or the name of a registered one, got None.")
+    if not isinstance(model.observation_space, OBSERVATIONS):
+        known = ", ".join(space.__name__ for space in OBSERVATIONS)
+        raise ValueError(f"Observations must be one of {known}, got {model.observation_space}.")
+    box = model.action_space
+    assert isinstance(box, spaces.Box)  # SB3 has checked
+    if not (np.issubdtype(box.dtype, np.floating) and np.prod(box.shape) > 0):
+        raise ValueError(f"Actions must be a Box of at least one floating-point number, got {box}.")
+    for name in ("batch_size", "buffer_size", "n_steps"):
+        check_integer(name, getattr(model, name), 1)
+    check_integer("learning_starts", model.learning_starts, 0)
+    check_integer("gradient_steps", model.gradient_steps, -1)
+    check_share("tau", model.tau)
+    check_share("gamma", model.gamma)
+    frequency: Any = model.train_freq
+    if isinstance(frequency, tuple):
+        if len(frequency) != 2:
+            raise ValueError(f"train_freq must be a number of steps, or (number, 'step' or 'episode'), got {frequency!r}.")
+        frequency = frequency[0]
+    check_integer("The frequency of train_freq", frequency, 1)
+    if not isinstance(model.action_noise, (ActionNoise, type(None))):
+        raise ValueError(f"action_noise must be None or an ActionNoise of SB3, got {model.action_noise!r}.")
+    buffer = model.replay_buffer_class
+    if buffer is not None and not (isinstance(buffer, type) and issubclass(buffer, ReplayBuffer)):
+        raise ValueError(f"replay_buffer_class must be None or a subclass of SB3's ReplayBuffer, got {buffer!r}.")
+    scalars = scalar_keys(model.observation_space)
+    if scalars and buffer is not None and (buffer is DictReplayBuffer or issubclass(buffer, HerReplayBuffer)):
+        raise ValueError(f"{buffer.__name__} cannot store scalar entries; make vectors of length one of {scalars}.")
+
+
+def check_policy_name(model: OffPolicyAlgorithm, name: str, policy_type: type[BasePolicy]) -> None:
+    """Check that a policy is known by this name."""
+    if name not in model.policy_aliases:
+        raise ValueError(f"{_expected_policy(model, policy_type)}, got {name!r}.")
+
+
+def _expected_policy(model: OffPolicyAlgorithm, policy_type: type[BasePolicy]) -> str:
+    names = ", ".join(map(repr, model.policy_aliases))
+    return f"The policy of {type(model).__name__} must be {names} or a subclass of {policy_type.__name__}"
+
+
+def check_networks(
+    net_arch: list[int] | dict[str, list[int]], activation_fn: object, optimizer_class: object, n_critics: int
+) -> None:
+    """Check what networks are made of.
+
+    :raises ValueError: for anything of which none can be made
+    """
+    for widths in net_arch.values() if isinstance(net_arch, dict) else [net_arch]:
+        for width in widths:
+            check_integer("Each width in net_arch", width, 1)
+    for name, value, example in (
+        ("activation_fn", activation_fn, "torch.nn.ReLU"),
+        ("optimizer_class", optimizer_class, "torch.optim.Adam"),
+    ):
+        if not callable(value):
+            raise ValueError(f"{name} must be a class, such as {example}, got {value!r}.")
+    check_integer("n_critics", n_critics, 1)
+
+
+def check_observation(observation: Any, space: spaces.Space) -> None:
+    """Check an observation that a policy is to act on, as far as SB3 does not.
+
+    :param observation: One observation or a batch
+    :param space: Observation space of the policy
+    :raises ValueError: for other entries of a dictionary, and for numbers that are not finite
+    """
+    if isinstance(observation, tuple):
+        return  # what `reset` of Gymnasium returns; SB3 explains it
+    if isinstance(space, spaces.Dict):
+        keys = set(observation) if isinstance(observation, Mapping) else {type(observation).__name__}
+        if keys != set(space.spaces):
+            raise ValueError(f"The observation must be a dictionary of {sorted(space.spaces)}, got {sorted(keys)}.")
+    check_finite("observation", observation, "No action follows from it.")
+
+
+def check_finite(name: str, values: Any, note: str) -> None:
+    """Check that numbers are finite.
+
+    :param name: What they are
+    :param values: An array or a dictionary of arrays; anything but floating-point numbers passes
+    :param note: What to add to the error
+    :raises ValueError: where they are not
+    """
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            check_finite(f"{name} {key!r}", value, note)
+        return
+    values = np.asarray(values)
+    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+        raise ValueError(f"The {name} is not finite: {values}. {note}")
