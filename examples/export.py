@@ -6,7 +6,7 @@
     python examples/export.py                                 # trains a small one first
 
 What is exported is the deterministic policy, from observations to actions in the units of the environment, for any batch
-size. Each file is loaded again and compared with the policy. ONNX needs ``pip install onnx onnxruntime onnxscript``.
+size. Each file is loaded again and compared with the policy. ONNX needs the extra ``export``.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")):
         formats["policy.onnx"] = export_onnx
     else:
-        print("ONNX is left out: it needs `pip install onnx onnxruntime onnxscript`.")
+        print("ONNX is left out: it needs the extra `export`.")
     differences = {}
     for name, export in formats.items():
         differences[name] = export(module, example_tensor, options.output / name)

@@ -31,6 +31,7 @@ NAMES = {
     "numpy.core.numeric": {"_frombuffer"},
     "numpy.random._pickle": {"__bit_generator_ctor", "__generator_ctor", "__randomstate_ctor"},
     "numpy.random.bit_generator": {"SeedSequence", "__pyx_unpickle_SeedSequence"},
+    "rl_zoo3.utils": {"SimpleLinearSchedule"},
     "sb3_rfm.checkpoint": {"padded"},
     "stable_baselines3.common.running_mean_std": {"RunningMeanStd"},
     "stable_baselines3.common.type_aliases": {"TrainFreq", "TrainFrequencyUnit"},

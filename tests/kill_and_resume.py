@@ -122,7 +122,10 @@ def run(options: argparse.Namespace) -> bool:
 
 
 def wait_for_a_random_moment(process: BaseProcess, folder: Path) -> None:
-    """Wait for a random number of checkpoints, and then for a part of the time between two, however busy the machine is."""
+    """Wait for a random number of checkpoints, and then for a part of the time between two, however busy the machine is.
+
+    One time in three, wait for the next checkpoint to be begun instead, so that it is cut off.
+    """
     target = random.randint(0, 5)
     seen = {path.name for path in checkpoints(folder)} if folder.exists() else set()
     n_before, last, interval = len(seen), time.monotonic(), 0.0
@@ -132,7 +135,11 @@ def wait_for_a_random_moment(process: BaseProcess, folder: Path) -> None:
         if now - seen:
             seen |= now
             last, interval = time.monotonic(), time.monotonic() - last
-    time.sleep(random.uniform(0, interval))
+    if random.random() < 1 / 3:
+        while process.is_alive() and not any(folder.glob(".*.unfinished")):
+            time.sleep(0.0001)
+    else:
+        time.sleep(random.uniform(0, interval))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 from torch.distributions import Categorical, Laplace, MixtureSameFamily, Normal, StudentT
 
 from sb3_rfm import DQS, QNE, QSM, RFM, Rewindable, RunCheckpoint, safe_pickle
@@ -128,6 +128,38 @@ def test_policy_and_actor_can_be_saved_alone(tmp_path: Path) -> None:
     for saved, loaded in ((model.policy, policy), (model.actor, actor)):
         before, after = (network.predict(OBSERVATIONS, deterministic=True)[0] for network in (saved, loaded))
         np.testing.assert_array_equal(before, after)
+
+
+def from_gpu(content: bytes) -> bytes:
+    """A file of ``torch.save`` as a machine with a GPU would have written it."""
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(result := io.BytesIO(), "w") as new:
+        for info in old.infolist():
+            member = old.read(info)
+            if info.filename.endswith("data.pkl"):
+                # Each tensor says where it was: "cpu", with its length in front.
+                assert b"X\x03\x00\x00\x00cpu" in member
+                member = member.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            new.writestr(info, member)
+    return result.getvalue()
+
+
+def test_models_of_a_gpu_are_loaded_on_the_cpu(tmp_path: Path) -> None:
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY).learn(20)
+    model.save(tmp_path / "cpu.zip")
+    model.policy.save(str(tmp_path / "policy"))
+    (tmp_path / "policy").write_bytes(from_gpu((tmp_path / "policy").read_bytes()))
+    with zipfile.ZipFile(tmp_path / "cpu.zip") as old, zipfile.ZipFile(tmp_path / "gpu.zip", "w") as new:
+        for name in old.namelist():
+            tensors = name.endswith(".pth") and b"cpu" in old.read(name)
+            new.writestr(name, from_gpu(old.read(name)) if tensors else old.read(name))
+        assert {name for name in new.namelist() if b"cuda:0" in new.read(name)} >= {"policy.pth", "actor.optimizer.pth"}
+    if not th.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            th.load(io.BytesIO((tmp_path / "policy").read_bytes()), pickle_module=safe_pickle, weights_only=False)
+    loaded = RFM.load(tmp_path / "gpu.zip", env=model.get_env(), device="cpu")
+    for other in (loaded, FlowPolicy.load(str(tmp_path / "policy"), device="cpu")):
+        np.testing.assert_array_equal(*(m.predict(OBSERVATIONS, deterministic=True)[0] for m in (model, other)))
+    loaded.learn(20)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"PK\x03\x04 truncated"])
@@ -290,6 +322,12 @@ def test_what_users_pass_is_read_without_trust(arguments: dict[str, Any], tmp_pa
     RFM.load(tmp_path / "model", env=model.get_env()).load_replay_buffer(tmp_path / "buffer")
 
 
+def test_schedules_of_the_zoo_are_read_without_trust(tmp_path: Path) -> None:
+    schedule = pytest.importorskip("rl_zoo3.utils").SimpleLinearSchedule(1e-3)
+    RFM("MlpPolicy", "Pendulum-v1", **TINY, learning_rate=schedule).save(tmp_path / "model")
+    assert RFM.load(tmp_path / "model").learning_rate(0.5) == 5e-4
+
+
 # Resuming
 
 
@@ -310,6 +348,27 @@ def test_resume_vectorised_normalised_stacked(tmp_path: Path) -> None:
         return VecNormalize(VecFrameStack(DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2), 2))
 
     same_after_resume(make_env, tmp_path, steps=120, action_noise=OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1)))
+
+
+def test_resume_environments_in_processes(tmp_path: Path) -> None:
+    def make_env() -> SubprocVecEnv:
+        return SubprocVecEnv([lambda: Rewindable(gym.make("Pendulum-v1"))] * 2)
+
+    same_after_resume(make_env, tmp_path, steps=120)
+
+
+def test_resume_n_step_returns_and_episodes(tmp_path: Path) -> None:
+    def make_env() -> gym.Env:
+        return gym.make("Pendulum-v1", max_episode_steps=20)
+
+    same_after_resume(make_env, tmp_path, n_steps=3, gradient_steps=-1, train_freq=(1, "episode"), steps=100)
+    same_after_resume(
+        make_env,
+        tmp_path / "optimized",
+        optimize_memory_usage=True,
+        buffer_size=40,
+        replay_buffer_kwargs={"handle_timeout_termination": False},
+    )
 
 
 def test_resume_goals(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The scripts of Stable-Baselines3's documentation, with the class name changed and budgets cut."""
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,12 @@ def test_quick_start(algorithm: Any, tmp_path: Path) -> None:
             obs, _info = env.reset()
 
 
-def test_multiprocessing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_multiprocessing(start_method: str) -> None:
+    if start_method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"{start_method} is not available here")
     vec_env = make_vec_env(
-        "Pendulum-v1", n_envs=2, seed=0, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "spawn"}
+        "Pendulum-v1", n_envs=2, seed=0, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": start_method}
     )
     model = RFM("MlpPolicy", vec_env, train_freq=1, gradient_steps=2, **SMALL)
     model.learn(total_timesteps=60)
@@ -104,6 +108,35 @@ def test_callbacks(tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("first_1/events*"))
     model.load_replay_buffer(tmp_path / "rl_model_replay_buffer_60_steps.pkl")
     RFM.load(tmp_path / "best_model.zip", env=eval_env)
+
+
+class WatchAll(BaseCallback):
+    """What the callback of Weights & Biases does: text of every attribute, gradients of every parameter, saved models."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.gradients = folder, set()
+
+    def _init_callback(self) -> None:
+        self.config = {name: str(value) for name, value in vars(self.model).items()}
+        for name, parameter in self.model.policy.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient, name=name: self.gradients.add(name))
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self.model.save(self.folder / "model.zip")
+
+
+def test_callback_that_watches_everything(tmp_path: Path) -> None:
+    callback = WatchAll(tmp_path)
+    model = RFM("MlpPolicy", "Pendulum-v1", **SMALL).learn(40, callback=callback)
+    assert "temperature" in callback.config
+    learned = {name for name, _ in model.policy.named_parameters() if not name.startswith("critic_target")}
+    assert callback.gradients >= learned
+    RFM.load(tmp_path / "model.zip")
 
 
 def test_logger_to_csv(tmp_path: Path) -> None:

@@ -116,13 +116,25 @@ def test_scalars_are_stored_as_they_came() -> None:
     np.testing.assert_array_equal(model.replay_buffer.observations["scalar"][1:4, :, 0], np.stack(seen)[:3])
 
 
-@pytest.mark.parametrize("task", ["walker-walk", "fish-swim", "humanoid-run"])
-def test_control_suite_as_it_is(task: str) -> None:
+def control_suite() -> list[str]:
     pytest.importorskip("shimmy")
     os.environ.setdefault("MUJOCO_GL", "egl")
-    model = RFM("MultiInputPolicy", f"dm_control/{task}-v0", **TINY)
-    model.learn(12)
-    assert any(space.shape == () for space in model.observation_space.spaces.values())
+    from dm_control import suite
+
+    return [f"dm_control/{domain}-{task}-v0" for domain, task in suite.ALL_TASKS]
+
+
+def test_every_task_of_the_control_suite_as_it_is() -> None:
+    with_scalars = 0
+    for task in control_suite():
+        model = RFM("MultiInputPolicy", task, **TINY).learn(12)
+        assert isinstance(model.observation_space, spaces.Dict)
+        with_scalars += any(space.shape == () for space in model.observation_space.spaces.values())
+        observations = model.get_env().reset()
+        actions, _ = model.predict(observations, deterministic=True)
+        assert model.action_space.contains(actions[0]), task
+        model.get_env().close()
+    assert with_scalars >= 15
 
 
 def test_images() -> None:
