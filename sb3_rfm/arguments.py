@@ -25,7 +25,7 @@ def check_integer(name: str, value: object, least: int) -> None:
 
 def check_share(name: str, value: object) -> None:
     """Check that an argument is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}.")
 
 

@@ -137,7 +137,7 @@ def load(file: IO[bytes], what: str = "file") -> Any:
         raise ValueError(f"The {what} cannot be read: it is truncated, damaged or something else ({error}).") from error
 
 
-def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = (), trusted: bool = False) -> Collection[str]:
+def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = (), trusted: bool = False) -> set[str]:
     """Check that a file is a model saved by Stable-Baselines3 and that reading it runs no code of its own.
 
     :param file: The zip archive
@@ -166,7 +166,7 @@ def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = ()
     if not isinstance(data, dict):
         raise ValueError(f"{name} is not a saved model: its 'data' is not a JSON object.")
     if trusted:
-        return data.keys()
+        return set(data)
     if "env" in data:
         # SB3 saves none, but would make one from its name, which may name any module to import.
         raise RefusedError(f"{name} brings an environment, {data['env']!r}. {TRUST}.")
@@ -184,7 +184,7 @@ def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = ()
                 raise RefusedError(
                     f"{error} The policy is none of sb3_rfm: perhaps another algorithm saved the file."
                 ) from None
-    return data.keys()
+    return set(data)
 
 
 def check_torch_file(path: str) -> None:
