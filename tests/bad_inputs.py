@@ -377,7 +377,8 @@ def message(case: Case, files: Files) -> str:
     except Exception as error:
         text = " ".join(str(error).replace(f"{files.folder}{os.sep}", "").split())
         text = text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]}…"
-        return f"`{type(error).__name__}`: {text}".replace("|", "\\|")
+        quoted = f"`` {text} ``" if "`" in text else f"`{text}`"
+        return f"`{type(error).__name__}`: {quoted}".replace("|", "\\|")
     raise AssertionError(f"{case.title} was not refused.")
 
 
