@@ -3,7 +3,7 @@
 import importlib.util
 import inspect
 import itertools
-import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import imageio
 import matplotlib
 
 matplotlib.use("Agg")
@@ -18,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import optuna
 import pytest
+import rl_zoo3
 import yaml
 from gymnasium import spaces
 from optuna.storages import JournalStorage
@@ -46,6 +48,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """An empty current folder; RL Zoo reads its arguments from ``sys.argv``, which is put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(plt, "show", plt.show)
     yield tmp_path
     plt.close("all")
 
@@ -75,24 +78,40 @@ def test_round_trip(capsys: pytest.CaptureFixture[str]) -> None:
 
     main(["plot-train", "-a", "rfm", "-e", "Pendulum-v1", "-f", "logs", "-w", "2"])
     assert len(plt.gcf().axes[0].lines) == 2
-    main(["all-plots", "-a", "rfm", "-e", "Pendulum-v1", "-f", "logs", "--no-display", "-o", "results"])
+    assert plt.imread("Training-Episodic-Reward.png").std() > 0
+    main(["all-plots", "-a", "rfm", "-e", "Pendulum-v1", "-f", "logs", "-o", "results"])
     assert "|Pendulum-v1 |" in capsys.readouterr().out
-    main(["plot-from-file", "-i", "results.pkl", "-o", "scores.svg"])
-    assert Path("scores.svg").stat().st_size > 0
+    assert plt.imread("Results-Pendulum-v1.png").std() > 0
+    main(["plot-from-file", "-i", "results.pkl", "-o", "scores.png", "--format", "png"])
+    assert plt.imread("scores.png").std() > 0
 
     main(["record-video", *task, "-n", "5"])
-    assert len(list((second / "videos").glob("*.mp4"))) == 1
+    (video,) = (second / "videos").glob("*.mp4")
+    frames = imageio.mimread(video)
+    assert len(frames) == 5 and all(frame.std() > 0 for frame in frames)
 
 
-def test_own_checkout(workplace: Path) -> None:
-    """The two lines of the documentation, at the top of the train.py of a zoo, with its own hyperparameters."""
-    (workplace / "own.yml").write_text("Pendulum-v1: {n_timesteps: 3, policy: MlpPolicy, n_particles: 3}")
-    (workplace / "train.py").write_text(
-        "from sb3_rfm import zoo\nzoo.register()\nfrom rl_zoo3.train import train\nif __name__ == '__main__':\n    train()\n"
-    )
-    sys.argv = ["train.py", "--algo", "qsm", "--env", "Pendulum-v1", "--conf-file", "own.yml", "--eval-freq", "-1"]
-    runpy.run_path("train.py", run_name="__main__")
+def test_own_checkout() -> None:
+    """The two lines of the documentation in a checkout of RL Zoo, which has hyperparameters of its own for QSM."""
+    package = Path(rl_zoo3.__file__).parent
+    shutil.copytree(package, "rl_zoo3", ignore=shutil.ignore_patterns("hyperparams", "__pycache__"))
+    Path("hyperparams").mkdir()
+    Path("hyperparams/qsm.yml").write_text("Pendulum-v1: {n_timesteps: 3, policy: MlpPolicy, n_particles: 3}")
+    for name in ("train", "enjoy"):
+        Path(f"{name}.py").write_text(
+            "from sb3_rfm import zoo\nzoo.register()\n"
+            f"from rl_zoo3.{name} import {name}\nif __name__ == '__main__':\n    {name}()\n"
+        )
+
+    def run(*command: str) -> str:
+        return subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True).stdout
+
+    for algo, file in (("qsm", Path("hyperparams/qsm.yml").resolve()), ("rfm", HYPERPARAMS / "rfm.yml")):
+        output = run("train.py", "--algo", algo, "--env", "Pendulum-v1", "-n", "3", "--eval-freq", "-1")
+        assert f"Loading hyperparameters from: {file}" in output
     assert saved(Path("logs/qsm/Pendulum-v1_1/Pendulum-v1.zip"))["n_particles"] == 3
+    output = run("enjoy.py", "--algo", "qsm", "--env", "Pendulum-v1", "-f", "logs", "-n", "200", "--no-render")
+    assert "1 Episodes" in output
 
 
 def test_missing_file_is_an_error() -> None:

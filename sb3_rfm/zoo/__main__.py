@@ -5,6 +5,9 @@ import runpy
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
+
+from matplotlib import pyplot as plt
 
 from sb3_rfm.zoo import register
 
@@ -16,6 +19,15 @@ COMMANDS = {
     "all-plots": "rl_zoo3.plots.all_plots",
     "plot-from-file": "rl_zoo3.plots.plot_from_file",
 }
+
+
+def save_figures(*args: Any, **kwargs: Any) -> None:
+    """What ``plt.show()`` does where there is no display: every figure becomes a picture in the current folder."""
+    for number in plt.get_fignums():
+        figure = plt.figure(number)
+        file = f"{figure.get_label() or number}.png".replace("/", "-").replace(" ", "-")
+        figure.savefig(file, dpi=150, bbox_inches="tight")
+        print(f"No display: saved {file}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see COMMAND --help")
     args = parser.parse_args(argv)
     register()
+    if plt.get_backend().lower() == "agg":  # what matplotlib takes where it cannot open a window
+        plt.show = save_figures
     sys.argv = [f"{parser.prog} {args.command}", *args.arguments]
     with warnings.catch_warnings():
         # The package of the plots imports its modules before they are run; nothing in them depends on being run once.
