@@ -1,5 +1,6 @@
 """The benchmark: its statistics, its results folder, runs that are interrupted, and what it writes."""
 
+import html
 import json
 import os
 import signal
@@ -170,8 +171,11 @@ def test_results_are_the_same_from_folders_and_from_tables(made_up: Path, tmp_pa
             np.testing.assert_allclose(again.at(50).final(task, algo), results.at(50).final(task, algo), rtol=1e-4)
     assert len(results.at(None).final("Pendulum-v1", "sac")) == 2, "the unfinished run is left out"
     assert len(results.at(50).final("Pendulum-v1", "sac")) == 3, "but not at a step that it has reached"
-    with pytest.raises(ValueError, match="No run is that far"):
+    with pytest.raises(ValueError, match="No run is that far. All 18 have reached step 50"):
         results.at(70)
+    assert results.of(["rfm", "sac"]).algos == ["rfm", "sac"]
+    with pytest.raises(ValueError, match="no runs of \\['tqc'\\]"):
+        results.of(["tqc"])
 
 
 def test_report_writes_tables_pictures_and_one_page(made_up: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +183,8 @@ def test_report_writes_tables_pictures_and_one_page(made_up: Path, tmp_path: Pat
     written = capsys.readouterr().out.split()
     assert all(Path(file).stat().st_size > 0 for file in written)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "A &lt;title&gt;" in page and "1 unfinished runs left out" in page
+    assert "A &lt;title&gt;" in page
+    assert "1 run left out, unfinished: Pendulum-v1 sac seed 2 (50 steps)." in page and "As few as 2 seeds" in page
     assert page.count("<img") == 5 and page.count('src="data:image/svg+xml') == 5
     assert "http" not in page and "$" not in page, "self-contained, and every place filled"
     table = (tmp_path / "final_returns.md").read_text(encoding="utf-8")
@@ -187,6 +192,31 @@ def test_report_writes_tables_pictures_and_one_page(made_up: Path, tmp_path: Pat
     final = report.final_table(Results.load(made_up).at(None))
     assert final.set_index(["env_id", "algo"]).loc[("Pendulum-v1", "sac"), "seeds"] == 2
     assert main(["report", str(tmp_path), "--at-step", "50", "--out", str(tmp_path / "again")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ([("rfm", "Pendulum-v1")], ["One seed only, hence no interval: Pendulum-v1 rfm.", "There is one algorithm"]),
+        (
+            [("rfm", "Pendulum-v1"), ("sac", "Reacher-v5")],
+            ["Not every algorithm was run on every task: comparisons of all algorithms cannot be made"],
+        ),
+        (
+            [("rfm", "Pendulum-v1"), ("sac", "Pendulum-v1"), ("rfm", "Reacher-v5")],
+            ["comparisons of all algorithms are over Pendulum-v1 alone", "-1,600 and 0 in Pendulum-v1"],
+        ),
+    ],
+)
+def test_a_report_of_few_runs_says_so(tmp_path: Path, runs: list[tuple[str, str]], said: list[str]) -> None:
+    for algo, env_id in runs:
+        folder = RunFolder.create(tmp_path, spec(algo=algo, env_id=env_id))
+        folder.write_evaluations([Evaluation(0, 1, 1, [1.0, 2.0]), Evaluation(100, 2, 2, [3.0, 4.0])])
+        folder.describe(**vars(Setting()))
+        folder.set_status(state="finished", step=100)
+    report.write(tmp_path, tmp_path / "report")
+    page = html.unescape((tmp_path / "report" / "report.html").read_text(encoding="utf-8"))
+    assert [sentence for sentence in said if sentence not in page] == []
 
 
 def test_scores_of_unknown_tasks_are_between_untrained_and_best(tmp_path: Path) -> None:
@@ -259,11 +289,10 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path: Path, algo: str
     assert len(broken.config["sessions"]) == 3
 
 
-@pytest.mark.parametrize("n_seeds", [int(os.environ.get("SB3_RFM_SWEEP_SEEDS", "1"))])
-def test_a_sweep_survives_kills(tmp_path: Path, n_seeds: int) -> None:
+def test_a_sweep_that_was_stopped_goes_on(tmp_path: Path) -> None:
     algos = ["rfm", "qne", "dqs", "qsm", "sac"]
     command = [sys.executable, "-m", "sb3_rfm.benchmark", "run", "--suite", "Pendulum-v1", "--algos", *algos]
-    command += ["--seeds", str(n_seeds), "--steps", "150", "--eval-every", "50", "--eval-episodes", "2", "--jobs", "2"]
+    command += ["--seeds", "1", "--steps", "150", "--eval-every", "50", "--eval-episodes", "2", "--jobs", "2"]
     command += ["--checkpoint-every", "20", "--out", str(tmp_path), "--set", "learning_starts=60"]
     command += [f"{algo}.execution=eager" for algo in algos[:4]]
 
@@ -281,10 +310,19 @@ def test_a_sweep_survives_kills(tmp_path: Path, n_seeds: int) -> None:
     assert any(s["state"] == "running" for s in statuses())
     finished = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("status.json") if '"finished"' in file.read_text()}
     output = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
-    assert f"{5 * n_seeds} runs, {len(finished)} of them finished before" in output
+    assert f"5 runs, {len(finished)} of them finished before" in output
     assert all(file.stat().st_mtime_ns == when for file, when in finished.items()), "finished runs are not done again"
-    assert sum(s["state"] == "finished" for s in statuses()) == 5 * n_seeds
-    assert len(Results.load(tmp_path).at(None).runs) == 5 * n_seeds
+    assert sum(s["state"] == "finished" for s in statuses()) == 5
+    assert len(Results.load(tmp_path).at(None).runs) == 5
+
+
+def test_a_sweep_survives_kills(tmp_path: Path) -> None:
+    script = Path(__file__).parent / "kill_a_sweep.py"
+    command = [sys.executable, str(script), "--seeds", "1", "--steps", "200", "--eval-episodes", "1", "--out", str(tmp_path)]
+    command += ["--set", "execution=eager", "learning_starts=60"]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "-- killed the benchmark" in result.stdout and "evaluations equal to" in result.stdout
 
 
 class ScriptedEngine:

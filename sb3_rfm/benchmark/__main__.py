@@ -49,6 +49,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--at-step", type=int, help="results at this step, of all runs that reached it; by default the finished runs"
     )
+    parser.add_argument("--algos", nargs="+", metavar="ALGO", help="algorithms to compare; by default all")
     parser.add_argument("--title", default="Benchmark of sb3_rfm")
 
 
@@ -96,7 +97,7 @@ def report(args: argparse.Namespace) -> int:
     """Write tables, figures and the page."""
     from sb3_rfm.benchmark.report import write
 
-    for file in write(args.results, args.out or args.results / "report", args.at_step, args.title):
+    for file in write(args.results, args.out or args.results / "report", args.at_step, args.algos, args.title):
         print(file)
     return 0
 

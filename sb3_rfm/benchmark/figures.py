@@ -26,6 +26,9 @@ COLORS = {
 }
 LINES = ["-", "--", ":", "-."]
 
+FEWEST_FOR_BAND = 3
+"""Seeds from which on a curve has a band: for two, Student's interval is 12.7 standard errors to each side."""
+
 
 def style(label: str, labels: Sequence[str]) -> dict[str, str]:
     """Colour of the algorithm, and a dash pattern for its settings."""
@@ -37,6 +40,11 @@ def style(label: str, labels: Sequence[str]) -> dict[str, str]:
 def short(env_id: str) -> str:
     """Name of an environment in a title."""
     return env_id.removeprefix("dm_control/").removesuffix("-v0")
+
+
+def count(n: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def tidy(axes: Axes) -> None:
@@ -57,16 +65,23 @@ def learning_curves(results: Results) -> Figure:
         panel.set_visible(False)
     handles: dict[str, Line2D] = {}
     for task, panel in zip(tasks, panels, strict=False):
+        returns: list[np.ndarray] = []
         for algo in algos:
             curve = results.curve(task, algo)
             if curve.empty:
                 continue
-            estimates = [statistics.mean(row) for row in curve.to_numpy()]
-            handles[algo] = band(panel, curve.index.to_numpy() / 1000, estimates, style(algo, algos))
+            x, estimates = curve.index.to_numpy() / 1000, [statistics.mean(row) for row in curve.to_numpy()]
+            if curve.shape[1] < FEWEST_FOR_BAND:
+                estimates = [Estimate(estimate.value, np.nan, np.nan) for estimate in estimates]
+                panel.plot(x, curve.to_numpy(), **style(algo, algos), linewidth=0.6, alpha=0.7)  # type: ignore[arg-type]
+            handles[algo] = band(panel, x, estimates, style(algo, algos))
+            returns.append(curve.to_numpy().ravel())
         panel.set_title(short(task), fontsize=10)
         panel.set_xlim(left=0)
-        if task.startswith("dm_control/"):
-            panel.set_ylim(0, 1000)
+        if returns:  # a band may be cut off, a run never is
+            low, high = np.min(np.concatenate(returns)), np.max(np.concatenate(returns))
+            margin = 0.05 * max(high - low, 1e-9)
+            panel.set_ylim(low - margin, high + margin)
         tidy(panel)
     figure.supxlabel("environment steps (thousands)", fontsize=9)
     figure.supylabel("return", fontsize=9)
@@ -87,8 +102,7 @@ def aggregate(results: Results) -> Figure:
     algos = results.algos
     tasks = results.tasks_of(algos)
     estimates = {algo: statistics.interquartile_mean(results.scores(algo, tasks)) for algo in algos}
-    n_tasks = "one task" if len(tasks) == 1 else f"{len(tasks)} tasks"
-    return intervals(estimates, f"interquartile mean of scores over {n_tasks}")
+    return intervals(estimates, f"interquartile mean of scores, {count(len(tasks), 'task')}")
 
 
 def improvement(results: Results, reference: str) -> Figure:
@@ -107,7 +121,7 @@ def improvement(results: Results, reference: str) -> Figure:
 
 def intervals(estimates: dict[str, Estimate], label: str) -> Figure:
     """One line for each algorithm: its number and the interval of it."""
-    figure = Figure(figsize=(6, 0.36 * len(estimates) + 0.9), layout="constrained")
+    figure = Figure(figsize=(5, 0.36 * len(estimates) + 0.9), layout="constrained")
     axes = figure.subplots()
     axes.use_sticky_edges = False
     for i, (algo, (value, low, high)) in enumerate(reversed(estimates.items())):
@@ -124,7 +138,7 @@ def sample_efficiency(results: Results) -> Figure:
     algos = results.algos
     tasks = results.tasks_of(algos)
     shares = np.linspace(0, 1, 26)
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.subplots()
     for algo in algos:
         estimates = []
@@ -155,7 +169,7 @@ def profiles(results: Results) -> Figure:
     highest = max(1.0, *(float(np.max(s)) for values in scores.values() for s in values))
     lowest = min(0.0, *(float(np.min(s)) for values in scores.values() for s in values))
     thresholds = np.linspace(lowest, highest, 61)
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.subplots()
     for algo in algos:
         band(axes, thresholds, statistics.performance_profile(scores[algo], thresholds), style(algo, algos))

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
@@ -46,18 +47,22 @@ def final_table(results: Results) -> pd.DataFrame:
 
 
 def pivot(results: Results) -> pd.DataFrame:
-    """Final returns as text: tasks down, algorithms across, and the aggregate over the tasks they share last."""
+    """Final returns as text, with the number of seeds: tasks down, algorithms across, and the aggregate over the tasks that
+    they share last."""
     algos = results.algos
     rows = {}
     for task in results.tasks:
         finals = {algo: results.final(task, algo) for algo in algos}
         rows[figures.short(task)] = {
-            algo: text(statistics.mean(final), 0) if len(final) else "" for algo, final in finals.items()
+            algo: f"{text(statistics.mean(final), 0)} ({len(final)})" if len(final) else "" for algo, final in finals.items()
         }
     shared = results.tasks_of(algos)
-    if len(shared) > 1:
-        rows[f"interquartile mean of scores ({len(shared)} tasks)"] = {
-            algo: text(statistics.interquartile_mean(results.scores(algo, shared)), 3) for algo in algos
+    if shared:
+        n_tasks = figures.count(len(shared), "task")
+        scores = {algo: results.scores(algo, shared) for algo in algos}
+        rows[f"interquartile mean of scores, {n_tasks}"] = {
+            algo: f"{text(statistics.interquartile_mean(values), 3)} ({sum(map(len, values))})"
+            for algo, values in scores.items()
         }
     return pd.DataFrame.from_dict(rows, orient="index", columns=algos)
 
@@ -73,6 +78,47 @@ def improvements(results: Results) -> pd.DataFrame:
 
     rows = {x: {y: cell(x, y) for y in results.algos} for x in results.algos}
     return pd.DataFrame.from_dict(rows, orient="index", columns=results.algos)
+
+
+def caveats(everything: Results, results: Results, steps: int | None) -> list[str]:
+    """What has to be known to read the numbers: runs that are missing, few seeds, tasks that not all algorithms have."""
+    found = []
+    there = set(results.runs[RUN].itertuples(index=False, name=None))
+    missing = [run for run in everything.runs.itertuples() if (run.env_id, run.algo, run.seed) not in there]
+    if missing:
+        names = [f"{figures.short(run.env_id)} {run.algo} seed {run.seed} ({run.steps:,} steps)" for run in missing]
+        which = "unfinished" if steps is None else f"without an evaluation at step {steps:,}"
+        found.append(f"{figures.count(len(missing), 'run')} left out, {which}: {listed(names)}.")
+    n_seeds = {(task, algo): len(results.final(task, algo)) for task in results.tasks for algo in results.algos}
+    single = [f"{figures.short(task)} {algo}" for (task, algo), n in n_seeds.items() if n == 1]
+    if single:
+        found.append(f"One seed only, hence no interval: {listed(single)}.")
+    fewest = min((n for n in n_seeds.values() if n > 1), default=None)
+    if fewest is not None and fewest < 5:
+        found.append(
+            f"As few as {fewest} seeds: the bootstrap intervals are too narrow, the interquartile means rest on few runs. "
+            "Student's interval of each mean says best how much is known."
+        )
+    shared = results.tasks_of(results.algos)
+    if len(results.algos) > 1 and len(shared) < len(results.tasks):
+        names = [figures.short(task) for task in shared]
+        over = f"are over {listed(names)} alone" if shared else "cannot be made"
+        found.append(f"Not every algorithm was run on every task: comparisons of all algorithms {over}; --algos compares some.")
+    return found
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """Names in a sentence, the first few of them."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def score_ranges(results: Results) -> str:
+    """A sentence on what the scores are."""
+    tasks: dict[tuple[float, float], list[str]] = {}
+    for task in results.tasks:
+        tasks.setdefault(results.score_range(task), []).append(figures.short(task))
+    ranges = [f"{low:,.0f} and {high:,.0f} in {listed(names)}" for (low, high), names in tasks.items()]
+    return f"A score is a return scaled to [0, 1]. Its ends are the returns {'; '.join(ranges)}."
 
 
 def text(estimate: Estimate, digits: int) -> str:
@@ -94,8 +140,8 @@ def html_table(table: pd.DataFrame) -> str:
     """A table of text as HTML, the interval below its value."""
 
     def cell(value: object) -> str:
-        main, bracket, interval = html.escape(str(value)).partition(" [")
-        return f"<td>{main}" + (f"<small>[{interval}</small>" if bracket else "") + "</td>"
+        main, _, rest = html.escape(str(value)).partition(" ")
+        return f"<td>{main}" + (f"<small>{rest}</small>" if rest else "") + "</td>"
 
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in table.columns)
     body = "".join(
@@ -120,7 +166,8 @@ def make_figures(results: Results) -> dict[str, tuple[Figure, str]]:
     made = {
         "learning_curves": (
             figures.learning_curves(results),
-            "Mean return of the deterministic policy; bands are 95 % intervals of the mean over seeds (Student).",
+            "Mean return of the deterministic policy over seeds, with its 95 % interval (Student). With fewer than "
+            f"{figures.FEWEST_FOR_BAND} seeds, each is a thin line instead.",
         )
     }
     if len(algos) > 1 and results.tasks_of(algos):
@@ -128,25 +175,37 @@ def make_figures(results: Results) -> dict[str, tuple[Figure, str]]:
             figures.aggregate(results),
             "Interquartile mean of the final scores (line) with 95 % stratified bootstrap intervals (bar).",
         )
-        made["sample_efficiency"] = (figures.sample_efficiency(results), "The same while learning.")
-        made["profiles"] = (figures.profiles(results), "Performance profiles: how many runs exceed a score.")
         made["improvement"] = (
             figures.improvement(results, reference),
             f"Probability that a run of {reference} ends above a run of another algorithm, averaged over the tasks of both.",
         )
+        made["sample_efficiency"] = (figures.sample_efficiency(results), "Interquartile mean of the scores while learning.")
+        made["profiles"] = (
+            figures.profiles(results),
+            "Performance profiles: share of the final scores above τ, with 95 % stratified bootstrap intervals.",
+        )
     return made
 
 
-def write(root: Path, out: Path, steps: int | None = None, title: str = "Benchmark of sb3_rfm") -> list[Path]:
+def write(
+    root: Path,
+    out: Path,
+    steps: int | None = None,
+    algos: Sequence[str] | None = None,
+    title: str = "Benchmark of sb3_rfm",
+) -> list[Path]:
     """Write the report of a results folder.
 
     :param root: Results folder, or a folder with ``runs.csv`` and ``evaluations.csv``
     :param out: Where to write
     :param steps: Report the results at this step, of all runs that reached it; by default the finished runs as they ended
+    :param algos: Algorithms to compare; by default all
     :param title: Heading of the page
     :return: The files
     """
     everything = Results.load(root)
+    if algos:
+        everything = everything.of(algos)
     results = everything.at(steps)
     out.mkdir(parents=True, exist_ok=True)
     everything.save(out)
@@ -157,7 +216,7 @@ def write(root: Path, out: Path, steps: int | None = None, title: str = "Benchma
     made = make_figures(results)
     for name, (figure, _) in made.items():
         figure.savefig(out / f"{name}.png", dpi=150)
-    page = render(title, everything, results, made, table, better)
+    page = render(title, caveats(everything, results, steps), results, made, table, better)
     (out / "report.html").write_text(page, encoding="utf-8")
     names = ["runs.csv", "evaluations.csv", "final_returns.csv", "final_returns.md", "improvement.md", "report.html"]
     return [out / name for name in names] + [out / f"{name}.png" for name in made]
@@ -165,7 +224,7 @@ def write(root: Path, out: Path, steps: int | None = None, title: str = "Benchma
 
 def render(
     title: str,
-    everything: Results,
+    warnings: list[str],
     results: Results,
     made: dict[str, tuple[Figure, str]],
     table: pd.DataFrame,
@@ -177,17 +236,21 @@ def render(
         for name, (figure, caption) in made.items()
     }
     runs = results.runs
-    left_out = len(everything.runs) - len(runs)
     n_steps = sorted({int(steps) for steps in results.evaluations.groupby(RUN)["step"].max()})
     facts = [
-        f"{len(runs)} runs: {len(results.tasks)} tasks, {len(results.algos)} algorithms, up to "
-        f"{runs.groupby(['env_id', 'algo'])['seed'].nunique().max()} seeds",
+        ", ".join(
+            figures.count(n, noun)
+            for n, noun in (
+                (len(runs), "run"),
+                (len(results.tasks), "task"),
+                (len(results.algos), "algorithm"),
+                (runs["seed"].nunique(), "seed"),
+            )
+        ),
         f"{' / '.join(f'{n:,}' for n in n_steps)} environment steps",
         f"{'/'.join(map(str, sorted(runs['eval_episodes'].unique())))} episodes per evaluation, deterministic policy",
         f"{runs['wall_clock'].sum() / 3600:.1f} hours of computing",
     ]
-    if left_out:
-        facts.append(f"{left_out} unfinished runs left out")
     settings = [
         f"{run.algo}: {'its defaults' if run.arguments == '{}' else run.arguments}"
         + (
@@ -205,16 +268,21 @@ def render(
     )[["task", "algo", "seed", "steps", "final_return", "hours", "commit"]]
     seeds.index += 1
     machines = sorted({describe(run.machine, run.versions) for run in runs.itertuples()})
-    aggregates = [name for name in made if name != "learning_curves"]
+    figures_of_all = [parts[name] for name in made if name != "learning_curves"]
+    comparison = ""
+    if len(results.algos) > 1:
+        comparison = f"<p>{html.escape(score_ranges(results))}</p>" + f'<div class="pair">{"".join(figures_of_all)}</div>'
+        comparison += "<p>Probability that a run of the row's algorithm ends above a run of the column's, over the tasks "
+        comparison += f"that both were run on:</p>{html_table(better)}"
     template = resources.files("sb3_rfm.benchmark").joinpath("report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         title=html.escape(title),
         facts=items(facts),
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        caveats=f'<ul class="caveats">{items(warnings)}</ul>' if warnings else "",
         learning_curves=parts["learning_curves"],
         final=html_table(table),
-        aggregates="".join(parts[name] for name in aggregates),
-        better=html_table(better) if len(results.algos) > 1 else "",
+        comparison=comparison or "<p>There is one algorithm, and nothing to compare it with.</p>",
         settings=items(settings),
         runs=html_table(seeds),
         machines=items(machines),

@@ -72,6 +72,15 @@ class Results:
         self.runs.to_csv(folder / "runs.csv", index=False)
         self.evaluations.to_csv(folder / "evaluations.csv", index=False, float_format="%.6g")
 
+    def of(self, algos: Sequence[str]) -> "Results":
+        """The results of some algorithms.
+
+        :raises ValueError: if one of them was not run
+        """
+        if unknown := set(algos) - set(self.algos):
+            raise ValueError(f"There are no runs of {sorted(unknown)}, only of {self.algos}.")
+        return self._only(self.runs[self.runs["algo"].isin(algos)], self.evaluations)
+
     def at(self, steps: int | None) -> "Results":
         """The results as they were after a number of steps, of the runs that got there.
 
@@ -87,7 +96,8 @@ class Results:
 
     def _only(self, runs: pd.DataFrame, evaluations: pd.DataFrame) -> "Results":
         if runs.empty:
-            raise ValueError("No run is that far. Unfinished runs are reported at a step that they have reached: --at-step.")
+            common = self.evaluations.groupby(RUN)["step"].max().min()
+            raise ValueError(f"No run is that far. All {len(self.runs)} have reached step {common}: --at-step {common}.")
         return Results(runs.reset_index(drop=True), evaluations.merge(runs[RUN], on=RUN).reset_index(drop=True))
 
     @property
