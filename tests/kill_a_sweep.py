@@ -4,8 +4,8 @@
 
 First the process of one run is ended by SIGKILL, which the benchmark has to notice; later, as when a machine goes down, the
 benchmark itself and every run at once. The same command then has to skip what is finished and to go on with the rest. At the
-end, the runs that were killed are done once more without interruption: their evaluations have to be equal. The test-suite calls
-this with a few steps.
+end, the runs that were killed are done once more without interruption: their evaluations have to be equal. The test-suite
+calls this with a few steps.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def interrupt(sweep: subprocess.Popen, out: Path, n_runs: int) -> dict[str, RunF
                 middle = 0.3 < status["step"] / folder.spec.steps < 0.9 and folder.checkpoint.exists()
                 if enough and middle and status.get("pid") in running and status["state"] == "running":
                     return running[status["pid"]]
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def kill(process: psutil.Process) -> None:
         process.kill()

@@ -171,10 +171,10 @@ def test_results_are_the_same_from_folders_and_from_tables(made_up: Path, tmp_pa
             np.testing.assert_allclose(again.at(50).final(task, algo), results.at(50).final(task, algo), rtol=1e-4)
     assert len(results.at(None).final("Pendulum-v1", "sac")) == 2, "the unfinished run is left out"
     assert len(results.at(50).final("Pendulum-v1", "sac")) == 3, "but not at a step that it has reached"
-    with pytest.raises(ValueError, match="No run is that far. All 18 have reached step 50"):
+    with pytest.raises(ValueError, match=r"No run is that far\. All 18 have reached step 50"):
         results.at(70)
     assert results.of(["rfm", "sac"]).algos == ["rfm", "sac"]
-    with pytest.raises(ValueError, match="no runs of \\['tqc'\\]"):
+    with pytest.raises(ValueError, match=r"no runs of \['tqc'\]"):
         results.of(["tqc"])
 
 

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from sb3_rfm.benchmark import statistics
 from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.statistics import Estimate
+from sb3_rfm.benchmark.suites import short
 
 matplotlib.rcParams["svg.hashsalt"] = "sb3_rfm"  # the same picture is the same file
 
@@ -35,11 +36,6 @@ def style(label: str, labels: Sequence[str]) -> dict[str, str]:
     algo = label.partition(":")[0]
     settings = [other for other in labels if other.partition(":")[0] == algo]
     return {"color": COLORS.get(algo, "#8c564b"), "linestyle": LINES[settings.index(label) % len(LINES)]}
-
-
-def short(env_id: str) -> str:
-    """Name of an environment in a title."""
-    return env_id.removeprefix("dm_control/").removesuffix("-v0")
 
 
 def count(n: int, noun: str) -> str:

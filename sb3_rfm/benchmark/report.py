@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from sb3_rfm.benchmark import figures, statistics
 from sb3_rfm.benchmark.results import RUN, Results
 from sb3_rfm.benchmark.statistics import Estimate
+from sb3_rfm.benchmark.suites import short
 
 
 def final_table(results: Results) -> pd.DataFrame:
@@ -53,7 +54,7 @@ def pivot(results: Results) -> pd.DataFrame:
     rows = {}
     for task in results.tasks:
         finals = {algo: results.final(task, algo) for algo in algos}
-        rows[figures.short(task)] = {
+        rows[short(task)] = {
             algo: f"{text(statistics.mean(final), 0)} ({len(final)})" if len(final) else "" for algo, final in finals.items()
         }
     shared = results.tasks_of(algos)
@@ -86,11 +87,11 @@ def caveats(everything: Results, results: Results, steps: int | None) -> list[st
     there = set(results.runs[RUN].itertuples(index=False, name=None))
     missing = [run for run in everything.runs.itertuples() if (run.env_id, run.algo, run.seed) not in there]
     if missing:
-        names = [f"{figures.short(run.env_id)} {run.algo} seed {run.seed} ({run.steps:,} steps)" for run in missing]
+        names = [f"{short(run.env_id)} {run.algo} seed {run.seed} ({run.steps:,} steps)" for run in missing]
         which = "unfinished" if steps is None else f"without an evaluation at step {steps:,}"
         found.append(f"{figures.count(len(missing), 'run')} left out, {which}: {listed(names)}.")
     n_seeds = {(task, algo): len(results.final(task, algo)) for task in results.tasks for algo in results.algos}
-    single = [f"{figures.short(task)} {algo}" for (task, algo), n in n_seeds.items() if n == 1]
+    single = [f"{short(task)} {algo}" for (task, algo), n in n_seeds.items() if n == 1]
     if single:
         found.append(f"One seed only, hence no interval: {listed(single)}.")
     fewest = min((n for n in n_seeds.values() if n > 1), default=None)
@@ -101,9 +102,11 @@ def caveats(everything: Results, results: Results, steps: int | None) -> list[st
         )
     shared = results.tasks_of(results.algos)
     if len(results.algos) > 1 and len(shared) < len(results.tasks):
-        names = [figures.short(task) for task in shared]
+        names = [short(task) for task in shared]
         over = f"are over {listed(names)} alone" if shared else "cannot be made"
-        found.append(f"Not every algorithm was run on every task: comparisons of all algorithms {over}; --algos compares some.")
+        found.append(
+            f"Not every algorithm was run on every task: comparisons of all algorithms {over}; --algos compares some."
+        )
     return found
 
 
@@ -116,7 +119,7 @@ def score_ranges(results: Results) -> str:
     """A sentence on what the scores are."""
     tasks: dict[tuple[float, float], list[str]] = {}
     for task in results.tasks:
-        tasks.setdefault(results.score_range(task), []).append(figures.short(task))
+        tasks.setdefault(results.score_range(task), []).append(short(task))
     ranges = [f"{low:,.0f} and {high:,.0f} in {listed(names)}" for (low, high), names in tasks.items()]
     return f"A score is a return scaled to [0, 1]. Its ends are the returns {'; '.join(ranges)}."
 
@@ -261,7 +264,7 @@ def render(
         for run in runs.drop_duplicates("algo").set_index("algo", drop=False).loc[results.algos].itertuples()
     ]
     seeds = runs.assign(
-        task=runs["env_id"].map(figures.short),
+        task=runs["env_id"].map(short),
         hours=(runs["wall_clock"] / 3600).map("{:.2f}".format),
         final_return=runs["final_return"].map("{:.1f}".format),
         commit=runs["commit"].astype(str).str[:10],

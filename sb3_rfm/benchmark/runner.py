@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 
 from sb3_rfm.benchmark.records import RunFolder, RunSpec
+from sb3_rfm.benchmark.suites import short
 from sb3_rfm.benchmark.worker import BUSY, STOPPED
 
 POLL_SECONDS = 0.5
@@ -209,7 +210,7 @@ class Sweep:
 
     def _line(self, folder: RunFolder, status: int) -> str:
         spec, state = folder.spec, folder.status
-        what = f"{spec.env_id}  {spec.algo}  seed {spec.seed}"
+        what = f"{short(spec.env_id)}  {spec.algo}  seed {spec.seed}"
         if status != 0:
             return f"{what}: ended with exit status {status} after {state['step']:,} steps"
         return f"{what}: return {state['last_return']:.1f} after {state['step']:,} steps, {duration(state['wall_clock'])}"
@@ -251,7 +252,9 @@ class Sweep:
     def summary(self) -> str:
         """One line: how many runs are where, and the remaining time."""
         n_finished = sum(folder.finished for folder in self.folders)
-        parts = [f"{n_finished} of {len(self.folders)} finished", f"{len(self.running)} running"]
+        # A cluster has more runs in its queue than it does.
+        n_running = sum(folder.path in self.running and folder.status["state"] != "new" for folder in self.folders)
+        parts = [f"{n_finished} of {len(self.folders)} finished", f"{n_running} running"]
         if self.failed:
             parts.append(f"{len(self.failed)} failed")
         if self.running or self.pending:
@@ -262,19 +265,21 @@ class Sweep:
     def table(self) -> Table:
         """The runs that are being done, the last that ended, and the summary."""
         rates = self.rates()
-        table = Table(caption=self.summary(), caption_justify="left", box=None, pad_edge=False)
-        for name in ("environment", "algorithm", "seed"):
+        # In 80 columns, every row has room for one line.
+        table = Table(caption=self.summary(), caption_justify="left", caption_style="bold", box=None, pad_edge=False)
+        for name in ("task", "algo", "seed"):
             table.add_column(name)
-        for name in ("step", "steps/s", "return", "remaining"):
+        for name in ("step", "steps/s", "return", "left"):
             table.add_column(name, justify="right")
         ended = [f for f in self.folders if f.path not in self.running and f not in self.pending][-8:]
         running = [f for f in self.folders if f.path in self.running and f.status["state"] != "new"]
-        for folder in [*ended, *running]:
+        # Where not all fit, the summary below them does.
+        for folder in [*ended, *running][-max(1, self.console.height - 4) :]:
             spec, status = folder.spec, folder.status
             rate = rates.get(folder.path)
             left = f"{duration((spec.steps - status['step']) / rate)}" if rate else ""
             table.add_row(
-                spec.env_id,
+                short(spec.env_id),
                 spec.algo,
                 str(spec.seed),
                 f"{status['step']:,} / {spec.steps:,}",

@@ -165,6 +165,11 @@ def get_tasks(name: str, steps: int | None = None) -> list[Task]:
     return [Task(task.env_id, steps or task.steps) for task in tasks]
 
 
+def short(env_id: str) -> str:
+    """Name of an environment in titles and tables."""
+    return env_id.removeprefix("dm_control/").removesuffix("-v0")
+
+
 def parse_overrides(items: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Arguments given on the command line, for each label.
 
