@@ -201,6 +201,7 @@ class Sweep:
             elif (status < 0 or status == STOPPED) and self.kills.get(folder.path, 0) < MAX_KILLS:
                 self.kills[folder.path] = self.kills.get(folder.path, 0) + 1
                 self.pending.insert(0, folder)
+                self.first_step.pop(folder.path, None)  # its speed is measured anew
             elif status != 0 or not folder.finished:
                 self.failed.append(folder)
             if not self.console.is_terminal and status != BUSY:
