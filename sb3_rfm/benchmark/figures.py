@@ -69,7 +69,7 @@ def learning_curves(results: Results) -> Figure:
             x, estimates = curve.index.to_numpy() / 1000, [statistics.mean(row) for row in curve.to_numpy()]
             if curve.shape[1] < FEWEST_FOR_BAND:
                 estimates = [Estimate(estimate.value, np.nan, np.nan) for estimate in estimates]
-                panel.plot(x, curve.to_numpy(), **style(algo, algos), linewidth=0.6, alpha=0.7)  # type: ignore[arg-type]
+                panel.plot(x, curve.to_numpy(), **style(algo, algos), linewidth=0.6, alpha=0.7)
             handles[algo] = band(panel, x, estimates, style(algo, algos))
             returns.append(curve.to_numpy().ravel())
         panel.set_title(short(task), fontsize=10)
