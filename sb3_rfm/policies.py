@@ -75,7 +75,7 @@ class FlowPolicy(BoundedPolicy):
         path: str | Path = "cond_ot",
         source: str | Source | Distribution = "gaussian",
         sampler: str = "ode",
-        integration_steps: int = 4,
+        integration_steps: int = 5,
         n_particles: int = 8,
         t_min: float = 0.01,
     ) -> None:
