@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, Normal, StudentT
+from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, MultivariateNormal, Normal, StudentT
 
 from sb3_rfm.candidates import Candidates
 from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, weighted_mean
@@ -218,6 +218,29 @@ def test_any_source_by_quadrature(source: str, coefficient: str | float, t_value
     local = PosteriorMeanEstimator("cond_ot", 1500, coefficient, source=p0, data_scale=1.2)
     result = local(lambda x: log_p1(x).sum(-1), x_t, t, torch.Generator().manual_seed(4), guess=torch.full_like(x_t, 0.5))
     assert z_scores(result.x0 - moments(at)[1]).abs() < 4.5
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1.0, "optimal", "diagonal"])
+@pytest.mark.parametrize("data_scale", [None, 0.8])
+def test_a_correlated_source_in_closed_form(coefficient: str | float, data_scale: float | None) -> None:
+    """A Gaussian target under a correlated Gaussian source that is off centre: data mean and score of the path."""
+    m, cov = torch.tensor([0.5, -0.3]).double(), torch.tensor([[0.8, 0.3], [0.3, 0.5]]).double()
+    b, spread = torch.tensor([0.4, 1.0]).double(), torch.tensor([[1.5, -0.6], [-0.6, 0.7]]).double()
+    alpha, sigma = 0.6, 0.4
+    x_t, t = torch.tensor([[0.3, 0.2]]).double().expand(200, 2), times(0.6, 200)
+    noise_precision = alpha * (sigma**2 * spread).inverse()
+    precision = cov.inverse() + alpha * noise_precision
+    data_mean = torch.linalg.solve(precision, cov.inverse() @ m + noise_precision @ (x_t[0] - sigma * b))
+    score = -torch.linalg.solve(alpha**2 * cov + sigma**2 * spread, x_t[0] - alpha * m - sigma * b)
+
+    target = MultivariateNormal(m, cov)
+    estimator = PosteriorMeanEstimator(
+        "cond_ot", 1000, coefficient, source=MultivariateNormal(b, spread), data_scale=data_scale
+    )
+    result = estimator(target.log_prob, x_t, t, torch.Generator().manual_seed(8))
+    assert (z_scores(result.x1 - data_mean).abs() < 4.5).all()
+    assert (z_scores(result.score - score).abs() < 4.5).all()
+    assert (result.x1 - data_mean).abs().mean() < 0.05
 
 
 def test_the_best_combination_of_scores_beats_both() -> None:
@@ -475,6 +498,24 @@ def test_candidates_without_finite_gradient_count_for_nothing() -> None:
     x_t = normal(5, 2).abs() + 0.3
     result = PosteriorMeanEstimator(n_candidates=32)(log_prob, x_t, times(0.6, 5), torch.Generator().manual_seed(0))
     assert torch.isfinite(result.velocity).all() and (result.ess < 31).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_targets_may_have_density_zero_somewhere(method: str) -> None:
+    """A Gaussian cut off at 0, where every method meets infinite log-densities, against quadrature."""
+
+    def log_prob(x: Tensor) -> Tensor:
+        return torch.where(x[..., 0] > 0, gaussian(1.0, 0.3)(x), -torch.inf)
+
+    alpha, sigma, at = 0.5, 0.5, 0.1
+    grid = torch.linspace(0, 8, 100_001, dtype=torch.float64)[1:]
+    log_q = gaussian(1.0, 0.3)(grid[:, None]) - 0.5 * ((at - alpha * grid) / sigma) ** 2
+    truth = (torch.softmax(log_q, 0) * grid).sum()
+    x_t, t = torch.full((100, 1), at, dtype=torch.float64), times(0.5, 100)
+    estimator = PosteriorMeanEstimator("cond_ot", 400, 0.0, method=method)
+    result = estimator(log_prob, x_t, t, torch.Generator().manual_seed(5))
+    assert z_scores(result.x1 - truth).abs() < 4.5
+    assert (result.x1 - truth).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,14 +2,16 @@
 
 .. code-block:: bash
 
-    python -m sb3_rfm.benchmark.estimator                    # writes docs/results/estimator/
-    python -m sb3_rfm.benchmark.estimator --densities --critic shimmy:dm_control/cheetah-run-v0 --output docs/results/critic
-    python -m sb3_rfm.benchmark.estimator --rows 32 --candidates 16 32 --densities crescents --output /tmp/estimator
+    python -m sb3_rfm.benchmark.estimator --critic dm_control/cheetah-run-v0     # writes docs/results/estimator/
+    python -m sb3_rfm.benchmark.estimator --densities crescents --update         # measures one density again
+    python -m sb3_rfm.benchmark.estimator --rows 32 --candidates 16 32 --densities crescents --output runs/estimator
 
 For each density, ``x_t`` is drawn along the conditional-OT path, the exact velocity comes from a closed form or quadrature
-(for random networks in more than one dimension: from two passes of 8192 localised candidates, whose own error is in the
-table), and each rule sees the same candidates. The *ratio* is a rule's mean squared error over that of the better of the
-coefficients 0 and 1 in the same cell; errors below a thousandth of the mean squared velocity count as equal to that.
+(for critics in more than one dimension: from two passes of 4096 localised candidates, whose own error is in the table), and
+each rule sees the same candidates. These come from the source, are *localised* by ``data_scale``, or localised with half of
+them around a *guess* of the data mean. The *ratio* is a rule's mean squared error over that of the better of the
+coefficients 0 and 1 in the same cell; errors below a thousandth of the mean squared velocity count as equal to that. With a
+trained critic, plain samples and ``"optimal"`` also race against the clock (meaningful on a machine that does nothing else).
 
 Sources: Midgley et al., Flow annealed importance sampling bootstrap (arXiv 2208.01893), for the 40-mode mixture and
 many-well; Rezende & Mohamed (arXiv 1505.05770), for the two moons.
@@ -23,13 +25,15 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sb3_rfm.actors import squash, unsquash
 from sb3_rfm.candidates import draw_candidates
 from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, weighted_mean
+from sb3_rfm.execution import keep_freed_memory
 from sb3_rfm.flow_actor_critic import log_sech2
 from sb3_rfm.monte_carlo import effective_sample_size, importance_weights
 from sb3_rfm.paths import CondOTPath
@@ -37,15 +41,32 @@ from sb3_rfm.posterior import PosteriorMeanEstimator, value_and_gradient
 from sb3_rfm.sources import GaussianSource
 
 TIMES = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
-CANDIDATES = (16, 32, 128, 500)
+CANDIDATES = (8, 16, 32, 128, 500)
 PLAIN = (16, 32, 64, 128, 256, 500, 1000, 2000, 4000)
 """Numbers of plain samples for K-equivalence."""
+LINE = 1.05
+"""What the ratio of ``"optimal"`` should not exceed."""
+KINDS = ("source", "localised", "guess")
+ENDPOINTS = ("noise (0)", "gradient (1)")
 NEGLIGIBLE = 1e-3
 """Errors below this share of the mean squared velocity count as equal to it."""
 PATH, SOURCE = CondOTPath(), GaussianSource()
 
 
 # Densities
+
+
+class Points(NamedTuple):
+    """Points of the path, and what is known there."""
+
+    x_t: Tensor
+    """(n, D)"""
+    mean: Tensor
+    """True data mean, (n, D)"""
+    guess: Tensor
+    """A guess of it, (n, D)"""
+    error: float
+    """Mean squared error of the velocity that follows from ``mean``"""
 
 
 class Density(ABC):
@@ -56,10 +77,28 @@ class Density(ABC):
     """
 
     data_scale = 1.0
-    reference = "closed form"
+    expensive = False  # to know the truth of
+    reference_error = 0.0
 
     def __init__(self, name: str, dim: int) -> None:
         self.name, self.dim = name, dim
+        self._time, self._points = math.nan, dict[tuple[int, int], Points]()
+
+    def points(self, t: float, n: int, seed: int) -> "Points":
+        """Points of the path at time ``t``; they are kept until another time is asked for."""
+        if t != self._time:
+            self._time, self._points = t, {}
+        if (n, seed) not in self._points:
+            generator = torch.Generator().manual_seed(seed)
+            x_1 = self.sample(n, generator)
+            x_t = t * x_1 + (1 - t) * torch.randn(x_1.shape, generator=generator)
+            mean = self.data_mean(x_t, t)
+            self._points[n, seed] = Points(x_t, mean, self.guess(x_t, t, mean.float(), generator), self.reference_error)
+        return self._points[n, seed]
+
+    def guess(self, x_t: Tensor, t: float, mean: Tensor, generator: torch.Generator) -> Tensor:
+        """A rough guess of the data mean: off by half the width of the target in each dimension."""
+        return mean + 0.5 * self.data_scale * torch.randn(mean.shape, generator=generator)
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
@@ -125,8 +164,6 @@ class OnGrid(Density):
     :param axis: Grid points in each dimension
     """
 
-    reference = "quadrature"
-
     def __init__(
         self, name: str, dim: int, log_prob: Callable[[Tensor], Tensor], axis: Tensor, data_scale: float = 1.0
     ) -> None:
@@ -154,7 +191,7 @@ class OnGrid(Density):
 class ManyWell(Density):
     """Sixteen copies of a double well times a Gaussian: a product, so that quadrature is one-dimensional."""
 
-    data_scale, reference = 1.4, "quadrature"
+    data_scale = 1.4
 
     def __init__(self) -> None:
         super().__init__("many-well, 32-D", 32)
@@ -178,7 +215,7 @@ class ManyWell(Density):
 class Critic(Density):
     """``Q(tanh u) / temperature + log sech^2 u``, with the truth from many localised candidates."""
 
-    reference = "8192 localised candidates"
+    expensive = True
 
     def __init__(self, name: str, dim: int) -> None:
         super().__init__(name, dim)
@@ -204,12 +241,12 @@ class Critic(Density):
         return (0.5 * (first + second)).double()
 
     def _estimate(self, x_t: Tensor, t: float, seed: int) -> Tensor:
-        estimator = PosteriorMeanEstimator(PATH, 8192, data_scale=1.0)
+        first, second = (PosteriorMeanEstimator(PATH, n, data_scale=1.0) for n in (1024, 4096))
         generator, means = torch.Generator().manual_seed(seed), []
         for row in x_t.split(1):
             at = torch.full((1,), t)
-            guess = estimator(self.log_prob, row, at, generator).x1
-            means.append(estimator(self.log_prob, row, at, generator, guess).x1)
+            guess = first(self.log_prob, row, at, generator).x1
+            means.append(second(self.log_prob, row, at, generator, guess).x1)
         return torch.cat(means)
 
 
@@ -242,26 +279,51 @@ class TrainedCritic(Critic):
     """
 
     def __init__(self, model: Any, observation: Any, temperature: float) -> None:
-        self.critic, self.temperature = model.critic, temperature
+        self.critic, self.actor, self.temperature = model.critic, model.actor, temperature
         with torch.no_grad():
             self.encoded = self.critic.encode(self.critic.features(observation))
-        name = f"critic of {model.env_name}, temperature {temperature:.3g}"
+            self.encoded_actor = self.actor.network.encode(self.actor.features(observation))
+        name = f"critic of {model.env_name}, temperature {temperature / float(model.policy.temperature):g} of its own"
         super().__init__(name, model.action_space.shape[0])
 
     def q(self, action: Tensor) -> Tensor:
         return self.critic.min_q(self.encoded, action.reshape(1, -1, self.dim)).view(action.shape[:-1]) / self.temperature
 
+    @torch.no_grad()
+    def guess(self, x_t: Tensor, t: float, mean: Tensor, generator: torch.Generator) -> Tensor:
+        """What the algorithms use: the flow's own prediction."""
+        return self.actor.predict_data(self.encoded_actor, x_t[None], torch.tensor(t))[0]
 
-def trained_critics(env: str, steps: int, n_states: int) -> list[list[Density]]:
-    """Train RFM at its defaults and take its critics at states of its replay buffer.
+
+def trained_model(env_id: str, steps: int, folder: Path = Path("runs/critics")) -> Any:
+    """RFM trained at its defaults, with its replay buffer; trained once, and kept.
+
+    :param env_id: Environment, as in the benchmark
+    :param steps: Environment steps
+    :param folder: Where it is kept
+    """
+    from sb3_rfm import RFM
+    from sb3_rfm.benchmark.suites import make_env
+
+    file = folder / f"{env_id.split('/')[-1]}-{steps}"
+    if not file.with_suffix(".zip").exists():
+        trained = RFM("MlpPolicy", make_env(env_id), buffer_size=steps, seed=0, device="cpu").learn(steps)
+        trained.save_replay_buffer(file.with_suffix(".pkl"))
+        trained.save(file.with_suffix(".zip"))
+    model: Any = RFM.load(file.with_suffix(".zip"), device="cpu")
+    model.load_replay_buffer(file.with_suffix(".pkl"))
+    model.env_name = f"{env_id.split('/')[-1]}, {steps:,} steps"
+    model.policy.set_training_mode(False)
+    model.policy.requires_grad_(False)
+    model.set_random_seed(0)
+    return model
+
+
+def trained_critics(model: Any, n_states: int) -> list[list[Density]]:
+    """The critics of a trained model at states of its replay buffer.
 
     :return: For each of two temperatures, the model's own and a fifth of it, one density for each state
     """
-    from sb3_rfm import RFM
-
-    model: Any = RFM("MlpPolicy", env, seed=0, device="cpu").learn(steps)
-    model.env_name = env.split("/")[-1]
-    model.policy.set_training_mode(False)
     states = [model.replay_buffer.sample(1).observations for _ in range(n_states)]
     own = float(model.policy.temperature)
     return [[TrainedCritic(model, state, temperature) for state in states] for temperature in (own, own / 5)]
@@ -305,10 +367,20 @@ def densities() -> dict[str, Callable[[], Density]]:
 class Sample:
     """Candidates at one ``x_t``-batch with all that a rule sees."""
 
-    def __init__(self, density: Density, x_t: Tensor, t: float, n: int, localised: bool, generator: torch.Generator) -> None:
+    def __init__(
+        self, density: Density, x_t: Tensor, t: float, n: int, kind: str, guess: Tensor, generator: torch.Generator
+    ) -> None:
         at = torch.full((len(x_t),), t)
-        scale = density.data_scale if localised else None
-        candidates = draw_candidates(PATH, SOURCE, n, x_t, at, data_scale=scale, generator=generator)
+        candidates = draw_candidates(
+            PATH,
+            SOURCE,
+            n,
+            x_t,
+            at,
+            data_scale=None if kind == "source" else density.data_scale,
+            guess=guess if kind == "guess" else None,
+            generator=generator,
+        )
         self.values = candidates.x_0
         x_1 = PATH.data_from_noise(self.values, x_t[:, None], at)
         log_p1, score_1 = value_and_gradient(density.log_prob, x_1)
@@ -364,10 +436,62 @@ RULES: dict[str, Callable[[Sample], Tensor]] = {
 Row = dict[str, Any]
 
 
-def measure(density: Density, times: Iterable[float], candidates: Sequence[int], n_rows: int, seed: int) -> list[Row]:
-    """Errors of every rule in every cell, with candidates from the source and from the density's data scale.
+def measure_cell(
+    group: Sequence[Density], t: float, n: int, kind: str, n_rows: int, seed: int, rules: Iterable[str]
+) -> list[Row]:
+    """Errors of rules at one t, with K candidates of one kind.
 
-    :param density: The target
+    :param group: Targets of one family, over which errors are averaged
+    :param t: Time
+    :param n: K
+    :param kind: ``"source"``, ``"localised"`` or ``"guess"``
+    :param n_rows: Number of ``x_t``
+    :param seed: Of all randomness
+    :param rules: Names in :data:`RULES`
+    :return: One row for each rule
+    """
+    errors: dict[str, list[Tensor]] = defaultdict(list)
+    sizes, counts, reference = [], [], 0.0
+    for i, density in enumerate(group):
+        x_t, mean_1, guess, reference_error = density.points(t, max(1, n_rows // len(group)), seed + i)
+        reference += reference_error / len(group)
+        mean_0 = (x_t - t * mean_1) / (1 - t)
+        sizes.append((mean_1 - mean_0).square().sum(-1))
+        generator = torch.Generator().manual_seed(seed + i)
+        chunk = max(1, 1_000_000 // (n * density.dim))
+        for part in (slice(start, start + chunk) for start in range(0, len(x_t), chunk)):
+            sample = Sample(density, x_t[part], t, n, kind, guess[part], generator)
+            counts.append(effective_sample_size(sample.weights))
+            for rule in rules:
+                # On this path v = (x_t - mu_0) / t.
+                error = (sample.estimate(RULES[rule](sample)) - mean_0[part]) / t
+                errors[rule].append(error.square().sum(-1))
+    row = {"density": group[0].name, "dim": group[0].dim, "candidates": kind, "t": t, "K": n}
+    size = float(torch.cat(sizes).mean())
+    ends = {"mean squared velocity": size, "ess": float(torch.cat(counts).mean()), "reference error": reference}
+    joined = {rule: torch.cat(values).double() for rule, values in errors.items()}
+    least = NEGLIGIBLE * size
+    best = min((joined[end] for end in ENDPOINTS if end in joined), key=lambda e: float(e.mean()))
+    rows = []
+    for rule, error in joined.items():
+        ratio = max(float(error.mean()), least) / max(float(best.mean()), least)
+        # Delta method; below the least error that counts, a mean is a constant.
+        spread = (error if error.mean() > least else 0 * error) - ratio * (best if best.mean() > least else 0 * best)
+        uncertainty = float(spread.std()) / math.sqrt(len(error)) / max(float(best.mean()), least)
+        judged = (
+            {"ratio": ratio, "ratio error": uncertainty} if len(joined) > 1 else {"ratio": math.nan, "ratio error": math.nan}
+        )
+        rows.append(row | {"rule": rule, "rows": len(error), "mse": float(error.mean())} | ends | judged)
+    return rows
+
+
+def measure(group: Sequence[Density], times: Iterable[float], candidates: Sequence[int], n_rows: int, seed: int) -> list[Row]:
+    """Errors of every rule in every cell; cells whose verdict is uncertain are measured again with more points.
+
+    A cell is (t, K, kind of candidates). Where the ratio of ``"optimal"`` is not two standard errors below :data:`LINE`, the
+    cell is replaced by one of 8 times as many fresh points, and once more (only once where truth is expensive).
+
+    :param group: Targets of one family
     :param times: Values of t
     :param candidates: Values of K
     :param n_rows: Number of ``x_t`` in each cell
@@ -376,119 +500,174 @@ def measure(density: Density, times: Iterable[float], candidates: Sequence[int],
     """
     rows: list[Row] = []
     for t in times:
-        generator = torch.Generator().manual_seed(seed)
-        x_1 = density.sample(n_rows, generator)
-        x_t = t * x_1 + (1 - t) * torch.randn(x_1.shape, generator=generator)
-        mean_1 = density.data_mean(x_t, t)
-        mean_0 = (x_t - t * mean_1) / (1 - t)
-        size = float((mean_1 - mean_0).square().sum(-1).mean())
-        cells = [(n, False) for n in sorted({*candidates, *PLAIN})] + [(n, True) for n in candidates]
-        for n, localised in cells:
-            rules = RULES if n in candidates else {"noise (0)": RULES["noise (0)"]}
-            errors: dict[str, float] = defaultdict(float)
-            ess = 0.0
-            chunk = max(1, 1_000_000 // (n * density.dim))
-            for start in range(0, n_rows, chunk):
-                part = slice(start, start + chunk)
-                sample = Sample(density, x_t[part], t, n, localised, generator)
-                ess += float(effective_sample_size(sample.weights).sum()) / n_rows
-                for name, rule in rules.items():
-                    # On this path v = (x_t - mu_0) / t.
-                    error = (sample.estimate(rule(sample)) - mean_0[part]) / t
-                    errors[name] += float(error.square().sum()) / n_rows
-            for name, mse in errors.items():
-                rows.append(
-                    {
-                        "density": density.name,
-                        "dim": density.dim,
-                        "candidates": "localised" if localised else "source",
-                        "t": t,
-                        "K": n,
-                        "rule": name,
-                        "mse": mse,
-                        "mean squared velocity": size,
-                        "ess": ess,
-                        "reference error": getattr(density, "reference_error", 0.0),
-                    }
-                )
+        for kind in KINDS:
+            for n in candidates:
+                for attempt in range(2 if group[0].expensive else 3):
+                    cell = measure_cell(group, t, n, kind, n_rows * 8**attempt, seed + 1000 * attempt, RULES)
+                    (optimal,) = (row for row in cell if row["rule"] == "optimal")
+                    if optimal["ratio"] + 2 * optimal["ratio error"] < LINE:
+                        break
+                rows += cell
+        for n in set(PLAIN) - set(candidates):
+            rows += measure_cell(group, t, n, "source", n_rows, seed, ("noise (0)",))
     return rows
 
 
-def average(groups: list[list[Row]]) -> list[Row]:
-    """Averages over densities of the same family, measured in the same cells."""
-    numbers = ("mse", "mean squared velocity", "ess", "reference error")
+Curve = list[tuple[int, float]]
+"""Mean squared errors of plain samples against their number, in its order."""
+
+
+def plain_curves(rows: list[Row]) -> dict[Any, Curve]:
+    """Errors of plain samples from the source, for each density and t."""
+    curves: dict[Any, Curve] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["K"]):
+        if row["rule"] == "noise (0)" and row["candidates"] == "source":
+            curves[row["density"], row["t"]].append((row["K"], row["mse"]))
+    return curves
+
+
+def worth(curve: Curve, mse: float) -> float:
+    """Number of plain samples with this error, by interpolation of log error against log K; infinite beyond the curve."""
+    points = [(math.log(k), math.log(error)) for k, error in curve]
+    target = math.log(max(mse, 1e-12))
+    # Errors fall with K up to noise; the last number of samples that is still worse decides.
+    last = max((i for i, (_, error) in enumerate(points) if error > target), default=-1)
+    if last < 0:
+        return curve[0][0]
+    if last + 1 == len(points):
+        return math.inf
+    (k_0, e_0), (k_1, e_1) = points[last : last + 2]
+    return math.exp(k_0 + (k_1 - k_0) * (e_0 - target) / (e_0 - e_1))
+
+
+def equivalent(rows: list[Row], n: int = 32) -> list[Row]:
+    """Number of plain samples with the same error as ``n`` candidates and the coefficient ``"optimal"``."""
+    curves, keys = plain_curves(rows), ("density", "candidates", "t", "K")
+    chosen = [row for row in rows if row["rule"] == "optimal" and row["K"] == n]
     return [
-        {**cell[0], **{key: sum(row[key] for row in cell) / len(cell) for key in numbers}}
-        for cell in zip(*groups, strict=True)
+        {key: row[key] for key in keys} | {"plain samples": worth(curves[row["density"], row["t"]], row["mse"])}
+        for row in chosen
     ]
 
 
-def ratios(rows: list[Row]) -> list[Row]:
-    """Add the ratio to the better of 0 and 1 of the same cell, where both were measured."""
-    cells: dict[Any, dict[str, Row]] = defaultdict(dict)
+# Wall-clock time
+
+
+def seconds(model: Any, contenders: Sequence[tuple[str, int, Any]], n_states: int = 256, n_rounds: int = 9) -> list[float]:
+    """Time of one estimate for a batch of replayed states, the median of rounds in which all contenders take turns.
+
+    :param model: Trained model
+    :param contenders: Kind of candidates, K and coefficient
+    :param n_states: Size of the batch
+    :param n_rounds: Number of rounds
+    """
+    batch = model.replay_buffer.sample(n_states)
+    with torch.no_grad():
+        encoded = model.critic.encode(model.critic.features(batch.observations))
+        encoded_actor = model.actor.network.encode(model.actor.features(batch.observations))
+    t = torch.linspace(0.05, 0.95, n_states)
+    x_t = PATH.interpolate(torch.randn_like(batch.actions), unsquash(batch.actions), t)
+
+    def log_prob(u: Tensor) -> Tensor:
+        return model.critic.min_q(encoded, squash(u)) / model.policy.temperature + log_sech2(u).sum(-1)
+
+    def once(kind: str, n: int, coefficient: Any) -> float:
+        estimator = PosteriorMeanEstimator(PATH, n, coefficient, data_scale=None if kind == "source" else 1.0)
+        began = time.perf_counter()
+        with torch.no_grad():
+            guess = model.actor.predict_data(encoded_actor, x_t, t) if kind == "guess" else None
+        estimator.estimate(log_prob, x_t, t, estimator.draw(x_t, t, guess=guess))
+        return time.perf_counter() - began
+
+    rounds = [[once(*contender) for contender in contenders] for _ in range(n_rounds + 1)]
+    return [sorted(times)[n_rounds // 2] for times in zip(*rounds[1:], strict=True)]  # the first warms up
+
+
+def race(model: Any, rows: list[Row]) -> list[Row]:
+    """Plain samples and the coefficient ``"optimal"`` in the same time, and to the same error, on a trained critic.
+
+    :param model: Trained model
+    :param rows: Errors, among others those of its critic
+    :return: One row for each way, temperature and t
+    """
+    plain = [n for n in PLAIN if n <= 500]
+    ways = [("source", 32), ("localised", 32), ("guess", 32), ("guess", 8)]
+    measured = seconds(model, [("source", n, 0.0) for n in plain] + [(kind, n, "optimal") for kind, n in ways])
+    clock, own = dict(zip(plain, measured, strict=False)), dict(zip(ways, measured[len(plain) :], strict=True))
+    rate = (clock[plain[-1]] - clock[plain[0]]) / (plain[-1] - plain[0])  # seconds for each further sample
+
+    curves, result = plain_curves(rows), []
     for row in rows:
-        cells[row["density"], row["candidates"], row["t"], row["K"]][row["rule"]] = row
-    result = []
-    for cell in cells.values():
-        if "gradient (1)" not in cell:
+        way = (row["candidates"], row["K"])
+        if row["rule"] != "optimal" or way not in own or model.env_name not in row["density"]:
             continue
-        least = NEGLIGIBLE * cell["noise (0)"]["mean squared velocity"]
-        best = max(min(cell["noise (0)"]["mse"], cell["gradient (1)"]["mse"]), least)
-        result += [{**row, "ratio": max(row["mse"], least) / best, "floored": max(row["mse"], least)} for row in cell.values()]
+        curve = curves[row["density"], row["t"]]
+        affordable = plain[0] + (own[way] - clock[plain[0]]) / rate
+        log_k = [math.log(k) for k, _ in curve]
+        i = max(0, min(sum(k < math.log(max(affordable, 1)) for k in log_k), len(curve) - 1) - 1)
+        (k_0, e_0), (k_1, e_1) = curve[i : i + 2]
+        slope = math.log(e_1 / e_0) / math.log(k_1 / k_0)
+        same_time = e_0 * (max(affordable, 1) / k_0) ** slope
+        needed = worth(curve, row["mse"])
+        result.append(
+            {key: row[key] for key in ("density", "candidates", "K", "t")}
+            | {"seconds": own[way], "affordable plain samples": affordable, "error gain": same_time / row["mse"]}
+            | {"plain samples for the same error": needed}
+            | {"time gain": (clock[plain[0]] + rate * (needed - plain[0])) / own[way]}
+        )
     return result
 
 
-def equivalent(rows: list[Row], rule: str = "optimal") -> list[Row]:
-    """Number of plain samples from the source with the same error, by interpolation of log error against log K."""
-    plain: dict[Any, list[tuple[float, float]]] = defaultdict(list)
-    for row in rows:
-        if row["rule"] == "noise (0)" and row["candidates"] == "source":
-            plain[row["density"], row["t"]].append((math.log(row["K"]), math.log(row["mse"])))
-    result = []
-    for row in rows:
-        if row["rule"] != rule or row["K"] != 32:
-            continue
-        curve = sorted(plain[row["density"], row["t"]])
-        target = math.log(max(row["mse"], 1e-12))
-        # Errors fall with K up to noise; the last number of samples that is still worse decides.
-        worse = [k for k, error in curve if error > target]
-        larger = [(k, e) for k, e in curve if not worse or k >= max(worse)]
-        if not worse:
-            log_k = curve[0][0]
-        elif len(larger) < 2:
-            log_k = math.inf
-        else:
-            (k_0, e_0), (k_1, e_1) = larger[:2]
-            log_k = k_0 + (k_1 - k_0) * (e_0 - target) / (e_0 - e_1)
-        result.append({key: row[key] for key in ("density", "candidates", "t", "K")} | {"plain samples": math.exp(log_k)})
-    return result
+def summarise_races(rows: list[Row]) -> str:
+    """Markdown table of :func:`race`: error gain / time gain."""
+    times = sorted({row["t"] for row in rows})
+    lines = ["| critic | candidates | K | plain samples in the same time | " + " | ".join(f"t = {t:g}" for t in times) + " |"]
+    lines.append("|---" * (len(times) + 4) + "|")
+    table = {(row["density"], row["candidates"], row["K"], row["t"]): row for row in rows}
+    for density, kind, n in dict.fromkeys((row["density"], row["candidates"], row["K"]) for row in rows):
+        cells = [table[density, kind, n, t] for t in times]
+        shown = [f"{c['error gain']:.2g} / " + ("∞" if math.isinf(c["time gain"]) else f"{c['time gain']:.2g}") for c in cells]
+        affordable = f"{cells[0]['affordable plain samples']:.0f}"
+        lines.append(f"| {density} | {kind} | {n} | {affordable} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
 
 # Report
 
 
 def summarise(rows: list[Row]) -> str:
-    """Worst ratio and mean gain of each rule, as a Markdown table."""
+    """Worst ratio and mean gain of each rule, as Markdown tables, and the cells whose ratio is above the line."""
+    rows = [row for row in rows if not math.isnan(row["ratio"])]
     lines = []
-    for kind in ("source", "localised"):
+    for kind in KINDS:
         chosen = [row for row in rows if row["candidates"] == kind]
         if not chosen:
             continue
         counts = sorted({row["K"] for row in chosen})
         lines += [f"Candidates: {kind}\n", "| rule | " + " | ".join(f"worst ratio, K = {k}" for k in counts)]
-        lines[-1] += " | cells above 1.05 | error over noise (0) | over the better of both |"
+        lines[-1] += f" | cells above {LINE} | error over noise (0) | over the better of both |"
         lines.append("|---" * (len(counts) + 4) + "|")
-        noise = {(r["density"], r["t"], r["K"]): r["floored"] for r in chosen if r["rule"] == "noise (0)"}
+        noise = {(r["density"], r["t"], r["K"]): floored(r) for r in chosen if r["rule"] == "noise (0)"}
         for rule in dict.fromkeys(row["rule"] for row in chosen):
             own = [row for row in chosen if row["rule"] == rule]
             worst = [max(row["ratio"] for row in own if row["K"] == k) for k in counts]
-            above = sum(row["ratio"] > 1.05 for row in own)
-            gain = math.exp(sum(math.log(r["floored"] / noise[r["density"], r["t"], r["K"]]) for r in own) / len(own))
+            above = sum(row["ratio"] > LINE for row in own)
+            gain = math.exp(sum(math.log(floored(r) / noise[r["density"], r["t"], r["K"]]) for r in own) / len(own))
             both = math.exp(sum(math.log(row["ratio"]) for row in own) / len(own))
             numbers = " | ".join(f"{w:.3g}" for w in worst)
             lines.append(f"| {rule} | {numbers} | {above} of {len(own)} | {gain:.3g} | {both:.3g} |")
         lines.append("")
-    return "\n".join(lines)
+    lines += ["The five cells in which `optimal` does worst, with one standard error:\n"]
+    lines += ["| density | candidates | t | K | points | ratio |", "|---" * 6 + "|"]
+    for row in sorted((row for row in rows if row["rule"] == "optimal"), key=lambda row: -row["ratio"])[:5]:
+        cell = " | ".join(str(row[key]) for key in ("density", "candidates", "t", "K", "rows"))
+        lines.append(f"| {cell} | {row['ratio']:.3f} ± {row['ratio error']:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def floored(row: Row) -> float:
+    """Mean squared error, or the least that counts."""
+    return float(max(row["mse"], NEGLIGIBLE * row["mean squared velocity"]))
 
 
 def summarise_equivalents(rows: list[Row]) -> str:
@@ -551,6 +730,16 @@ def write_csv(file: Path, rows: list[Row]) -> None:
             writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
 
 
+def read_csv(file: Path) -> list[Row]:
+    """Rows that :func:`write_csv` wrote."""
+    words, counts = ("density", "candidates", "rule"), ("dim", "K", "rows")
+    with file.open(newline="") as stream:
+        return [
+            {key: value if key in words else int(value) if key in counts else float(value) for key, value in row.items()}
+            for row in csv.DictReader(stream)
+        ]
+
+
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Measure, tabulate and plot.
 
@@ -561,41 +750,45 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--densities", nargs="*", default=list(densities()), choices=list(densities()), metavar="NAME")
     parser.add_argument("--times", nargs="+", type=float, default=TIMES, metavar="T")
     parser.add_argument("--candidates", nargs="+", type=int, default=CANDIDATES, metavar="K")
-    parser.add_argument("--rows", type=int, default=256, help="points x_t in each cell")
+    parser.add_argument("--rows", type=int, default=256, help="points x_t in each cell; fewer where the truth is expensive")
     parser.add_argument("--critic", metavar="ENV", help="train RFM on this environment and take its critic")
-    parser.add_argument("--critic-steps", type=int, default=10_000, help="environment steps of that training")
+    parser.add_argument("--critic-steps", type=int, default=20_000, help="environment steps of that training")
     parser.add_argument("--critic-states", type=int, default=16, help="replayed states at which its critic is taken")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("docs/results/estimator"))
+    parser.add_argument("--update", action="store_true", help="keep what errors.csv already has of other densities")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
 
-    rows: list[Row] = []
-    for name in args.densities:
-        began = time.perf_counter()
-        density = densities()[name]()
-        n_rows = min(args.rows, 48) if density.reference.endswith("candidates") else args.rows
-        rows += measure(density, args.times, args.candidates, n_rows, args.seed)
-        print(f"{density.name}: {time.perf_counter() - began:.0f} s", flush=True)
+    groups: list[Callable[[], Sequence[Density]]] = [lambda name=name: [densities()[name]()] for name in args.densities]  # type: ignore[misc]
     if args.critic:
-        for group in trained_critics(args.critic, args.critic_steps, args.critic_states):
-            began = time.perf_counter()
-            n_rows = max(1, min(args.rows, 64) // len(group))
-            rows += average([measure(d, args.times, args.candidates, n_rows, args.seed + i) for i, d in enumerate(group)])
-            print(f"{group[0].name}: {time.perf_counter() - began:.0f} s", flush=True)
-    measured = ratios(rows)
+        model = trained_model(args.critic, args.critic_steps)
+        groups += [lambda group=group: group for group in trained_critics(model, args.critic_states)]  # type: ignore[misc]
+    rows: list[Row] = []
+    for make_group in groups:
+        began, group = time.perf_counter(), make_group()
+        n_rows = min(args.rows, 48) if group[0].expensive else args.rows
+        rows += measure(group, args.times, args.candidates, n_rows, args.seed)
+        print(f"{group[0].name}: {time.perf_counter() - began:.0f} s", flush=True)
+    new = {row["density"] for row in rows}
+    if args.update:
+        rows = [row for row in read_csv(args.output / "errors.csv") if row["density"] not in new] + rows
     write_csv(args.output / "errors.csv", rows)
-    tables = summarise(measured)
-    (args.output / "rules.txt").write_text(tables)
-    print(f"\n{tables}")
-    if 32 in args.candidates:
-        equivalents = equivalent(rows)
+    tables = [summarise(rows)]
+    (args.output / "rules.txt").write_text(tables[0])
+    if equivalents := equivalent(rows):
         write_csv(args.output / "equivalence.csv", equivalents)
-        tables = summarise_equivalents(equivalents)
-        (args.output / "equivalence.txt").write_text(tables + "\n")
-        print(tables)
-    plot_errors(args.output / "errors.png", rows, min(args.candidates))
-    return measured
+        tables.append(summarise_equivalents(equivalents))
+        (args.output / "equivalence.txt").write_text(tables[-1] + "\n")
+    if args.critic:
+        races = race(model, rows)
+        write_csv(args.output / "race.csv", races)
+        tables.append(summarise_races(races))
+        (args.output / "race.txt").write_text(tables[-1] + "\n")
+    print("\n" + "\n".join(tables))
+    plot_errors(args.output / "errors.png", rows, 16 if 16 in args.candidates else min(args.candidates))
+    return rows
 
 
 if __name__ == "__main__":
