@@ -45,12 +45,14 @@ class Target:
     :param samples: Exact samples, (N, 2)
     :param modes: Where its modes are, (M, 2)
     :param extent: Half the width of pictures
+    :param n_updates: Gradient steps that it needs
     """
 
     log_prob: Callable[[Tensor], Tensor]
     samples: Tensor
     modes: Tensor
     extent: float
+    n_updates: int
 
 
 def forty_modes() -> Target:
@@ -64,7 +66,7 @@ def forty_modes() -> Target:
         return torch.logsumexp(-0.5 * square / std**2, -1)
 
     index = torch.randint(40, (2000,), generator=generator)
-    return Target(log_prob, means[index] + std * torch.randn(2000, 2, generator=generator), means, 1.9)
+    return Target(log_prob, means[index] + std * torch.randn(2000, 2, generator=generator), means, 1.9, 1500)
 
 
 def moons() -> Target:
@@ -79,23 +81,24 @@ def moons() -> Target:
     generator = torch.Generator().manual_seed(0)
     index = torch.multinomial(torch.softmax(log_prob(grid), 0), 2000, replacement=True, generator=generator)
     jitter = (torch.rand(2000, 2, generator=generator) - 0.5) * 0.01
-    return Target(log_prob, grid[index] + jitter, torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 3.5)
+    return Target(log_prob, grid[index] + jitter, torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 3.5, 500)
 
 
 TARGETS = {"forty-modes": forty_modes, "moons": moons}
 
 
 class DataMean(nn.Module):
-    """A network for ``E[x_1 | x_t]``; random Fourier features resolve modes much narrower than the plane.
+    """A network for ``E[x_1 | x_t]``; Fourier features resolve modes much narrower than the plane.
 
-    :param scale: Frequency of the features
+    :param spread: Width of the target; wavelengths are from a quarter of it to six times it
     """
 
     frequencies: Tensor
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, spread: float) -> None:
         super().__init__()
-        self.register_buffer("frequencies", scale * torch.randn(2, 64))
+        angle = 2 * math.pi * torch.rand(64)
+        self.register_buffer("frequencies", torch.stack([angle.cos(), angle.sin()]) * torch.logspace(0, 1.4, 64) / spread)
         self.net = nn.Sequential(nn.Linear(134, 192), nn.SiLU(), nn.Linear(192, 192), nn.SiLU(), nn.Linear(192, 2))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ def train(target: Target, coefficient: float | str, n_updates: int, batch_size: 
     spread = float(target.samples.std())  # the width of the target: all that is told to the estimator beside log_prob
     estimator = PosteriorMeanEstimator("cond_ot", n_candidates, coefficient, data_scale=1.5 * spread)
     loss_fn = ReverseFlowMatchingLoss(estimator, "data")
-    model = DataMean(scale=2.0 / spread)
+    model = DataMean(spread)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_updates)
     for _ in range(n_updates):
@@ -196,22 +199,24 @@ def assess(target: Target, samples: Tensor, log_q: Tensor) -> dict[str, float]:
 
 
 def plot(file: Path, name: str, target: Target, flows: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """True density (its root, to show weak parts), samples for each coefficient, and trajectories of the last."""
+    """True density (its root, to show weak parts), that of each flow's samples, and trajectories of the last."""
     e = target.extent
     axis = torch.linspace(-e, e, 300)
     density = target.log_prob(torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)).exp()
-    figure, axes = plt.subplots(1, len(flows) + 2, figsize=(3 * (len(flows) + 2), 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(flows) + 2, figsize=(3 * (len(flows) + 2), 3.3), layout="constrained")
     axes[0].imshow(density.sqrt().numpy(), extent=(-e, e, -e, e), origin="lower", cmap="Blues")
     axes[0].set_title(f"{name}: target")
     for axis_, (label, (samples, _)) in zip(axes[1:], flows.items(), strict=False):
-        axis_.scatter(*samples.T, s=2.5, alpha=0.5, linewidths=0)
-        axis_.set_title(label)
+        counts = torch.histogramdd(samples, [80, 80], range=[-e, e, -e, e]).hist
+        axis_.imshow(counts.T.sqrt().numpy(), extent=(-e, e, -e, e), origin="lower", cmap="Blues")
+        axis_.set_title(f"coefficient: {label}")
     trajectories = flows[list(flows)[-1]][1][:, :60]
-    axes[-1].plot(trajectories[..., 0], trajectories[..., 1], color="C0", linewidth=0.4, alpha=0.6)
-    axes[-1].scatter(*trajectories[0].T, s=4, color="C1", label="noise", zorder=3)
-    axes[-1].scatter(*trajectories[-1].T, s=4, color="k", label="samples", zorder=3)
-    axes[-1].set_title("trajectories, optimal")
-    axes[-1].legend(fontsize=7, loc="lower right")
+    axes[-1].contour(axis, axis, density.sqrt(), levels=4, colors="0.8", linewidths=0.6)
+    axes[-1].plot(trajectories[..., 0], trajectories[..., 1], color="C0", linewidth=0.5, alpha=0.6)
+    axes[-1].scatter(*trajectories[0].T, s=5, color="C1", label="noise", zorder=3)
+    axes[-1].scatter(*trajectories[-1].T, s=5, color="k", label="samples", zorder=3)
+    axes[-1].set_title(f"trajectories, {list(flows)[-1]}")
+    figure.legend(*axes[-1].get_legend_handles_labels(), fontsize=8, loc="outside lower right", ncols=2)
     for axis_ in axes:
         axis_.set(xlim=(-e, e), ylim=(-e, e), xticks=[], yticks=[], aspect="equal")
     figure.savefig(file, dpi=130)
@@ -226,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--densities", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--updates", type=int, default=1500, help="gradient steps for each flow")
+    parser.add_argument("--updates", type=int, help="gradient steps for each flow; as many as the density needs by default")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for pictures and table")
     parser.add_argument("--seed", type=int, default=0)
@@ -238,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         target, flows = TARGETS[name](), {}
         for label, coefficient in COEFFICIENTS.items():
             torch.manual_seed(args.seed)
-            model = train(target, coefficient, args.updates)
+            model = train(target, coefficient, args.updates or target.n_updates)
             samples, log_q, trajectories = sample(model, args.samples)
             flows[label] = (samples, trajectories)
             rows.append({"density": name, "coefficient": label} | assess(target, samples, log_q))
