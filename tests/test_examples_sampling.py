@@ -96,6 +96,8 @@ def test_the_estimator_benchmark(tmp_path: Path) -> None:
 
 def test_the_estimator_benchmark_on_a_trained_critic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the model is kept under runs/
+    monkeypatch.setattr(estimator, "PLAIN", (16, 64))
+    monkeypatch.setattr(estimator.Critic, "reference", (32, 64))
     monkeypatch.setattr(estimator, "seconds", partial(estimator.seconds, n_states=8, n_rounds=1))
     arguments = ["--critic", "Pendulum-v1", "--critic-steps", "130", "--critic-states", "2", "--output", str(tmp_path)]
     arguments += ["--densities", "--rows", "2", "--candidates", "8", "32", "--times", "0.5", "0.9"]

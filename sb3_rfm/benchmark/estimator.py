@@ -216,6 +216,8 @@ class Critic(Density):
     """``Q(tanh u) / temperature + log sech^2 u``, with the truth from many localised candidates."""
 
     expensive = True
+    reference = (1024, 4096)
+    """Candidates of the two passes that find the truth"""
 
     def __init__(self, name: str, dim: int) -> None:
         super().__init__(name, dim)
@@ -241,7 +243,7 @@ class Critic(Density):
         return (0.5 * (first + second)).double()
 
     def _estimate(self, x_t: Tensor, t: float, seed: int) -> Tensor:
-        first, second = (PosteriorMeanEstimator(PATH, n, data_scale=1.0) for n in (1024, 4096))
+        first, second = (PosteriorMeanEstimator(PATH, n, data_scale=1.0) for n in self.reference)
         generator, means = torch.Generator().manual_seed(seed), []
         for row in x_t.split(1):
             at = torch.full((1,), t)
