@@ -72,7 +72,7 @@ def export_torchscript(module: DeterministicPolicy, example: Tensor, path: Path)
 
 def export_onnx(module: DeterministicPolicy, example: Tensor, path: Path) -> float:
     """Write ONNX; return the largest difference to the policy."""
-    import onnxruntime  # type: ignore[import-not-found,unused-ignore]
+    import onnxruntime
 
     th.onnx.export(
         module,

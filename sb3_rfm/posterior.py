@@ -367,7 +367,7 @@ def value_and_gradient(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         # The functional form may be compiled as a part of a loss; eager code takes the one that any log_prob supports.
         with torch.no_grad():
-            value, pull_back = torch.func.vjp(log_prob, x.detach())
+            value, pull_back, *_ = torch.func.vjp(log_prob, x.detach())
             (gradient,) = pull_back(torch.ones_like(value))
         return value, gradient
     with torch.enable_grad():
