@@ -20,6 +20,7 @@ many-well; Rezende & Mohamed (arXiv 1505.05770), for the two moons.
 import argparse
 import csv
 import math
+import textwrap
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -703,7 +704,9 @@ def plot_errors(file: Path, rows: list[Row], n: int) -> None:
     }
     columns = min(4, len(names))
     height = math.ceil(len(names) / columns)
-    figure, axes = plt.subplots(height, columns, figsize=(3.1 * columns, 2.5 * height), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        height, columns, figsize=(3.1 * columns, 2.7 * height + 0.5), squeeze=False, layout="constrained"
+    )
     for axis, name in zip(axes.flat, names, strict=False):
         for rule, (colour, line) in styles.items():
             own = sorted(
@@ -711,15 +714,15 @@ def plot_errors(file: Path, rows: list[Row], n: int) -> None:
             )
             axis.plot(*zip(*own, strict=True), line, color=colour, label=rule, linewidth=2 if rule == "optimal" else 1.2)
         axis.axhline(NEGLIGIBLE, color="0.8", linewidth=0.8)
-        axis.set(yscale="log", title=name, ylim=(1e-5, 1e4))
+        axis.set(yscale="log", title=textwrap.fill(name, 36), ylim=(1e-5, 1e4))
         axis.title.set_fontsize(8)
         axis.tick_params(labelsize=7)
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
-    figure.supxlabel("t")
-    figure.supylabel(f"squared error of the velocity, relative, K = {n}")
+    figure.supxlabel("t", fontsize=9)
+    figure.supylabel(f"relative squared error, K = {n}", fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels) if columns > 2 else 3, fontsize=8)
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
