@@ -141,6 +141,8 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
                 raise ValueError(f"{path} is a checkpoint of {description['algorithm']}, not of {cls.__name__}.")
             state = checkpoint.read_state(archive, "state.pkl", str(path), trusted)
             buffer = checkpoint.read_state(archive, "replay_buffer.pkl", str(path), trusted)
+            # What was "auto" was chosen by the length of the whole run, not by what is left of it.
+            has_mode = "execution" in inspect.signature(cls.__init__).parameters
             model = cls.load(
                 io.BytesIO(archive.read("model.zip")),
                 checkpoint.plain_env(description, str(path)) if env is None else env,
@@ -148,8 +150,7 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
                 custom_objects,
                 force_reset=False,
                 trusted=trusted,
-                # What was "auto" was chosen by the length of the whole run, not by what is left of it.
-                execution=description["execution"],
+                **({"execution": description["execution"]} if has_mode else {}),
             )
         model._set_replay_buffer(buffer, truncate_last_traj=False)
         vec_env = model.get_env()
