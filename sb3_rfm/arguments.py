@@ -1,8 +1,10 @@
 """Checks of what users pass: each error says what was wrong and what was expected."""
 
+import math
 import numbers
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from gymnasium import spaces
@@ -14,6 +16,9 @@ from stable_baselines3.common.policies import BasePolicy
 
 from sb3_rfm.dict_observations import scalar_keys
 
+AUTO_TEMPERATURE = 0.2
+"""``temperature="auto"`` is ``"auto_0.2"``."""
+
 OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict)
 
 
@@ -23,9 +28,14 @@ def check_integer(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether something is a finite real number."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_share(name: str, value: object) -> None:
     """Check that an argument is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
+    if not (is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}.")
 
 
@@ -130,3 +140,18 @@ def check_finite(name: str, values: Any, note: str) -> None:
     values = np.asarray(values)
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         raise ValueError(f"The {name} is not finite: {values}. {note}")
+
+
+def parse_auto_temperature(temperature: float | str) -> float | None:
+    """The fraction in ``"auto"`` or ``"auto_<fraction>"``, or None for a fixed temperature.
+
+    :raises ValueError: unless ``temperature`` is one of these, or a positive number
+    """
+    if isinstance(temperature, str):
+        automatic = re.fullmatch(r"auto(?:_(\d*\.?\d+(?:[eE][-+]?\d+)?))?", temperature)
+        fraction = float(automatic[1] or AUTO_TEMPERATURE) if automatic else 0.0
+        if fraction > 0:
+            return fraction
+    elif is_number(temperature) and temperature > 0:
+        return None
+    raise ValueError(f"temperature must be 'auto', 'auto_<fraction>' or a positive number, got {temperature!r}.")

@@ -34,7 +34,7 @@ from stable_baselines3.common.vec_env.stacked_observations import StackedObserva
 from sb3_rfm import safe_pickle
 
 FORMAT = "sb3_rfm checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 class Rewindable(gym.Wrapper):
@@ -211,7 +211,7 @@ def save_run(model: OffPolicyAlgorithm, path: Path) -> None:
         "num_timesteps": model.num_timesteps,
         "env_id": _plain_env_id(env),
         "n_envs": env.num_envs,
-        "execution": model._executor.mode,  # type: ignore[attr-defined]
+        "arguments": model.settled_arguments(),  # type: ignore[attr-defined]
     }
     state = {
         "random": random_state(model),

@@ -13,7 +13,6 @@ Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), algorithm 1
 """
 
 import math
-import re
 from abc import abstractmethod
 from typing import Any, ClassVar, TypeVar
 
@@ -30,7 +29,14 @@ from torch.distributions import Distribution
 from torch.nn import functional as F
 
 from sb3_rfm.actors import FlowActor, check_sampler, squash, unsquash
-from sb3_rfm.arguments import check_algorithm, check_finite, check_integer, check_policy_name
+from sb3_rfm.arguments import (
+    check_algorithm,
+    check_finite,
+    check_integer,
+    check_policy_name,
+    is_number,
+    parse_auto_temperature,
+)
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictBuffer, scalar_keys
 from sb3_rfm.execution import (
@@ -52,9 +58,6 @@ SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
 
 LATENT_SCALE = 1.0
 """Spread of latents under a uniform action: the density sech^2 has standard deviation pi / sqrt(12) = 0.91."""
-
-AUTO_TEMPERATURE = 0.2
-"""``temperature="auto"`` is ``"auto_0.2"``."""
 
 NOT_LEARNED = (
     "The environment returned it. Nothing was learned from it: the weights and the replay buffer are as before this step."
@@ -238,7 +241,7 @@ class FlowActorCritic(PersistentAlgorithm):
     def _prepare_functions(self, executor: Executor) -> None:
         """Have the functions that take the time run by ``executor``."""
         self._executor = executor
-        self._run_losses = executor.prepare(self._losses)
+        self._run_loss = executor.prepare(self._loss)
         self.policy.run_act = executor.prepare(self.policy.act)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
@@ -273,9 +276,9 @@ class FlowActorCritic(PersistentAlgorithm):
             check_integer(name, getattr(self, name), 1)
         if self.proposal not in ("replay", "policy"):
             raise ValueError(f"proposal must be 'replay' or 'policy', got {self.proposal!r}.")
-        if not (_is_number(self.t_min) and 0 < self.t_min < 0.5):
+        if not (is_number(self.t_min) and 0 < self.t_min < 0.5):
             raise ValueError(f"t_min must lie strictly between 0 and 1/2, got {self.t_min!r}.")
-        if self.max_grad_norm is not None and not (_is_number(self.max_grad_norm) and self.max_grad_norm > 0):
+        if self.max_grad_norm is not None and not (is_number(self.max_grad_norm) and self.max_grad_norm > 0):
             raise ValueError(f"max_grad_norm must be None or a positive number, got {self.max_grad_norm!r}.")
         get_path(self.path)
         check_sampler(self.sampler, get_source(self.source))
@@ -309,7 +312,7 @@ class FlowActorCritic(PersistentAlgorithm):
         with th.no_grad():
             next_actor_features = self.actor.features(batch.next_observations)
             next_critic_features = self.critic_target.features(batch.next_observations)
-        loss, metrics = self._run_losses(
+        loss, metrics = self._run_loss(
             actor_features,
             critic_features,
             batch.actions,
@@ -321,11 +324,22 @@ class FlowActorCritic(PersistentAlgorithm):
         self._step(loss)
         return metrics
 
-    def _losses(
-        self, actor_features: Tensor, critic_features: Tensor, actions: Tensor, *rest: Tensor
+    def _loss(
+        self,
+        actor_features: Tensor,
+        critic_features: Tensor,
+        actions: Tensor,
+        next_actor_features: Tensor,
+        next_critic_features: Tensor,
+        rewards: Tensor,
+        discounts: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of critics and flow, which share no parameter: one loss, so that one call computes it and its gradients."""
-        critic_loss, critic_metrics = self._critic_loss(critic_features, actions, *rest)
+        """Sum of the losses of critics and flow, which train no parameter in common: one call computes both, and one all
+        gradients. The parameters are those of :meth:`_critic_loss` and :meth:`_actor_loss`.
+        """
+        critic_loss, critic_metrics = self._critic_loss(
+            critic_features, actions, next_actor_features, next_critic_features, rewards, discounts
+        )
         actor_loss, actor_metrics = self._actor_loss(actor_features, critic_features.detach(), actions)
         return critic_loss + actor_loss, critic_metrics | actor_metrics
 
@@ -527,29 +541,13 @@ class FlowActorCritic(PersistentAlgorithm):
             progress_bar,
         )
 
+    def settled_arguments(self) -> dict[str, Any]:
+        return {"execution": self._executor.mode}  # "auto" chose it by the length of the whole run
+
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "critic", "critic_target", "_path", "_polyak_tensors"]
-        own += ["_executor", "_run_losses", "_reduced"]
+        own += ["_executor", "_run_loss", "_reduced"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []
-
-
-def parse_auto_temperature(temperature: float | str) -> float | None:
-    """The fraction in ``"auto"`` or ``"auto_<fraction>"``, or None for a fixed temperature.
-
-    :raises ValueError: unless ``temperature`` is one of these, or a positive number
-    """
-    if isinstance(temperature, str):
-        automatic = re.fullmatch(r"auto(?:_(\d*\.?\d+(?:[eE][-+]?\d+)?))?", temperature)
-        fraction = float(automatic[1] or AUTO_TEMPERATURE) if automatic else 0.0
-        if fraction > 0:
-            return fraction
-    elif _is_number(temperature) and temperature > 0:
-        return None
-    raise ValueError(f"temperature must be 'auto', 'auto_<fraction>' or a positive number, got {temperature!r}.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and math.isfinite(value)

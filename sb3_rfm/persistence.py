@@ -141,8 +141,6 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
                 raise ValueError(f"{path} is a checkpoint of {description['algorithm']}, not of {cls.__name__}.")
             state = checkpoint.read_state(archive, "state.pkl", str(path), trusted)
             buffer = checkpoint.read_state(archive, "replay_buffer.pkl", str(path), trusted)
-            # What was "auto" was chosen by the length of the whole run, not by what is left of it.
-            has_mode = "execution" in inspect.signature(cls.__init__).parameters
             model = cls.load(
                 io.BytesIO(archive.read("model.zip")),
                 checkpoint.plain_env(description, str(path)) if env is None else env,
@@ -150,7 +148,7 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
                 custom_objects,
                 force_reset=False,
                 trusted=trusted,
-                **({"execution": description["execution"]} if has_mode else {}),
+                **description["arguments"],
             )
         model._set_replay_buffer(buffer, truncate_last_traj=False)
         vec_env = model.get_env()
@@ -160,6 +158,10 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         checkpoint.restore_env(vec_env, state)
         checkpoint.set_random_state(model, state["random"])
         return model
+
+    def settled_arguments(self) -> dict[str, Any]:
+        """Arguments that a resumed run takes from the run, and not from the model: what ``"auto"`` stood for in it."""
+        return {}
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
         noise = copy.deepcopy(self.action_noise)

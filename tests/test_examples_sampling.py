@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from sb3_rfm.benchmark import estimator
+from sb3_rfm.benchmark import densities, estimator, estimator_errors
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -97,8 +97,8 @@ def test_the_estimator_benchmark(tmp_path: Path) -> None:
 def test_the_estimator_benchmark_on_a_trained_critic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the model is kept under runs/
     monkeypatch.setattr(estimator, "PLAIN", (16, 64))
-    monkeypatch.setattr(estimator.Critic, "reference", (32, 64))
-    monkeypatch.setattr(estimator, "seconds", partial(estimator.seconds, n_states=8, n_rounds=1))
+    monkeypatch.setattr(densities.Critic, "reference", (32, 64))
+    monkeypatch.setattr(estimator_errors, "seconds", partial(estimator_errors.seconds, n_states=8, n_rounds=1))
     arguments = ["--critic", "Pendulum-v1", "--critic-steps", "130", "--critic-states", "2", "--output", str(tmp_path)]
     arguments += ["--densities", "--rows", "2", "--candidates", "8", "32", "--times", "0.5", "0.9"]
     rows = estimator.main(arguments)
@@ -110,8 +110,8 @@ def test_the_estimator_benchmark_on_a_trained_critic(tmp_path: Path, monkeypatch
 
 def test_plain_samples_are_counted_by_interpolation() -> None:
     curve = [(n, 8 / n) for n in (16, 64, 256)]
-    assert estimator.worth(curve, 8 / 100) == pytest.approx(100)
-    assert estimator.worth(curve, 1.0) == 16 and estimator.worth(curve, 1e-3) == math.inf
+    assert estimator_errors.worth(curve, 8 / 100) == pytest.approx(100)
+    assert estimator_errors.worth(curve, 1.0) == 16 and estimator_errors.worth(curve, 1e-3) == math.inf
 
 
 def test_a_race_compares_at_the_same_time_and_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,11 +120,11 @@ def test_a_race_compares_at_the_same_time_and_the_same_error(monkeypatch: pytest
     def seconds(model: object, contenders: list[tuple[str, int, object]]) -> list[float]:
         return [1e-3 * (1 + n / 10) if coefficient == 0 else 11e-3 for _, n, coefficient in contenders]
 
-    monkeypatch.setattr(estimator, "seconds", seconds)
+    monkeypatch.setattr(estimator_errors, "seconds", seconds)
     cell = {"density": "critic of somewhere", "t": 0.5}
-    rows = [cell | {"candidates": "source", "K": n, "rule": "noise (0)", "mse": 8 / n} for n in estimator.PLAIN]
+    rows = [cell | {"candidates": "source", "K": n, "rule": "noise (0)", "mse": 8 / n} for n in estimator_errors.PLAIN]
     rows += [cell | {"candidates": "guess", "K": 8, "rule": "optimal", "mse": 0.02}]
-    (result,) = estimator.race(SimpleNamespace(env_name="somewhere"), rows)
+    (result,) = estimator_errors.race(SimpleNamespace(env_name="somewhere"), rows)
     assert result["affordable plain samples"] == pytest.approx(100)
     assert result["error gain"] == pytest.approx(8 / 100 / 0.02)
     assert result["plain samples for the same error"] == pytest.approx(400)
@@ -134,7 +134,7 @@ def test_a_race_compares_at_the_same_time_and_the_same_error(monkeypatch: pytest
 @pytest.mark.parametrize("name", ["crescents", "forty-modes", "many-well", "gaussian-8-10"])
 def test_the_benchmark_knows_the_truth(name: str) -> None:
     """Posterior means against averages over exact samples of the density, weighted by p(x_t | x_1)."""
-    density = estimator.densities()[name]()
+    density = densities.densities()[name]()
     generator = torch.Generator().manual_seed(0)
     t = 0.15
     pool = density.sample(40_000, generator).double()

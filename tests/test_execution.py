@@ -77,7 +77,7 @@ def test_errors_of_the_function_are_not_swallowed() -> None:
             Executor(mode).prepare(failing)(torch.ones(2))
 
 
-class ForbidTransfers(TorchDispatchMode):
+class ForbidWaiting(TorchDispatchMode):
     """Refuses every operation for which the host would have to wait for the device."""
 
     WAITING = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal, torch.ops.aten.is_nonzero)
@@ -95,7 +95,7 @@ def test_the_host_waits_for_nothing_inside_an_update(algorithm: type[FlowActorCr
     )
     model.learn(25)
     batch = model.replay_buffer.sample(8)  # type: ignore[union-attr]
-    with ForbidTransfers():
+    with ForbidWaiting():
         model._update_reward_scale(batch.rewards)
         metrics = model._update_networks(batch)
         model._update_temperature(metrics["action_spread"])
@@ -109,7 +109,7 @@ def test_the_host_waits_for_nothing_inside_an_update(algorithm: type[FlowActorCr
     ("algorithm", "precision", "tolerance"),
     [(RFM, "float32", 1e-5), (RFM, "bfloat16", 1e-3), (QNE, "bfloat16", 1e-3), (QSM, "float32", 1e-5)],
 )
-def test_compiled_losses_have_the_eager_gradients(
+def test_compiled_loss_has_the_eager_gradients(
     algorithm: type[FlowActorCritic], precision: execution.Precision, tolerance: float
 ) -> None:
     """Both modes draw the same numbers, so what differs is rounding: a small part of the largest gradient."""
@@ -120,15 +120,15 @@ def test_compiled_losses_have_the_eager_gradients(
     batch = model.replay_buffer.sample(32)  # type: ignore[union-attr]
     arguments = (batch.observations, batch.observations, batch.actions, batch.next_observations, batch.next_observations)
 
-    def gradients(losses: Any) -> torch.Tensor:
+    def gradients(function: Any) -> torch.Tensor:
         torch.manual_seed(1)
         model.policy.zero_grad()
-        loss, _ = losses(*arguments, batch.rewards.flatten(), torch.full((32,), 0.99))
+        loss, _ = function(*arguments, batch.rewards.flatten(), torch.full((32,), 0.99))
         loss.backward()
         return torch.cat([p.grad.flatten() for p in model.policy.parameters() if p.grad is not None])
 
-    eager = gradients(model._losses)
-    compiled = gradients(Executor("compile").prepare(model._losses))
+    eager = gradients(model._loss)
+    compiled = gradients(Executor("compile").prepare(model._loss))
     torch.testing.assert_close(compiled, eager, rtol=0, atol=tolerance * float(eager.abs().max()))
 
 

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -176,7 +176,7 @@ def resumable(algorithm: type[BaseAlgorithm]) -> type[PersistentAlgorithm]:
     """The algorithm with checkpoints: Stable-Baselines3's own have none, and are otherwise as they were."""
     if issubclass(algorithm, PersistentAlgorithm):
         return algorithm
-    return type(algorithm.__name__, (PersistentAlgorithm, algorithm), {"_executor": SimpleNamespace(mode="eager")})
+    return type(algorithm.__name__, (PersistentAlgorithm, algorithm), {})
 
 
 def build_model(folder: RunFolder, spec: RunSpec, setting: Setting) -> PersistentAlgorithm:
