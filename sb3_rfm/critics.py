@@ -25,6 +25,7 @@ class QCritic(BaseModel):
     :param activation_fn: Activation function
     :param normalize_images: Whether to divide images by 255
     :param n_critics: Number of Q-functions
+    :param layer_norm: Whether to normalise the hidden layers
     :param share_features_extractor: Whether the extractor belongs to the actor, and is not trained by the critic's loss
     """
 
@@ -42,6 +43,7 @@ class QCritic(BaseModel):
         activation_fn: type[nn.Module] = nn.ReLU,
         normalize_images: bool = True,
         n_critics: int = 2,
+        layer_norm: bool = False,
         share_features_extractor: bool = True,
     ) -> None:
         super().__init__(
@@ -50,8 +52,9 @@ class QCritic(BaseModel):
         action_dim = get_action_dim(action_space)
         self.share_features_extractor = share_features_extractor
         self.n_critics = n_critics
-        networks = [ConditionalMLP(features_dim, action_dim, 1, net_arch, activation_fn) for _ in range(n_critics)]
-        self.q_networks = nn.ModuleList(networks)
+        self.q_networks = nn.ModuleList(
+            ConditionalMLP(features_dim, action_dim, 1, net_arch, activation_fn, layer_norm) for _ in range(n_critics)
+        )
         self.register_buffer("scale", th.ones(()))
 
     @property

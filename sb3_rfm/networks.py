@@ -21,18 +21,29 @@ class ConditionalMLP(nn.Module):
     :param output_dim: Size O of the answers
     :param net_arch: Widths of the hidden layers; may be empty
     :param activation_fn: Activation between layers
+    :param layer_norm: Whether to normalise the layers before each activation (Ba et al., arXiv 1607.06450)
     """
 
     def __init__(
-        self, context_dim: int, input_dim: int, output_dim: int, net_arch: list[int], activation_fn: type[nn.Module] = nn.ReLU
+        self,
+        context_dim: int,
+        input_dim: int,
+        output_dim: int,
+        net_arch: list[int],
+        activation_fn: type[nn.Module] = nn.ReLU,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         widths = [context_dim + input_dim, *net_arch, output_dim]
         layers = [nn.Linear(n_in, n_out) for n_in, n_out in pairwise(widths)]
+        activations = [
+            nn.Sequential(nn.LayerNorm(width), activation_fn()) if layer_norm else activation_fn() for width in net_arch
+        ]
         self.context_dim = context_dim
         self.first = layers[0]
-        self.hidden = nn.Sequential(*(module for layer in layers[1:-1] for module in (activation_fn(), layer)))
-        self.last = nn.Sequential(activation_fn(), layers[-1]) if net_arch else nn.Identity()
+        pairs = zip(activations[:-1], layers[1:-1], strict=True)
+        self.hidden = nn.Sequential(*(module for pair in pairs for module in pair))
+        self.last = nn.Sequential(activations[-1], layers[-1]) if net_arch else nn.Identity()
 
     @property
     def output_layer(self) -> nn.Linear:

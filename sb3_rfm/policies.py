@@ -41,6 +41,7 @@ class FlowPolicy(BoundedPolicy):
     :param optimizer_class: Optimizer of actor and critic
     :param optimizer_kwargs: Its keyword arguments, without the learning rate
     :param n_critics: Number of Q-functions
+    :param layer_norm: Whether to normalise the hidden layers of the Q-functions (see Ball et al., arXiv 2302.02948)
     :param share_features_extractor: Whether actor and critic share the features extractor
     :param path: Probability path of the flow
     :param source: Where the flow starts: ``"gaussian"``, a ``torch.distributions`` distribution or a
@@ -71,6 +72,7 @@ class FlowPolicy(BoundedPolicy):
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
+        layer_norm: bool = True,
         share_features_extractor: bool = False,
         path: str | Path = "cond_ot",
         source: str | Source | Distribution = "gaussian",
@@ -93,6 +95,7 @@ class FlowPolicy(BoundedPolicy):
         check_networks(self.net_arch, activation_fn, optimizer_class, n_critics)
         self.activation_fn = activation_fn
         self.n_critics = n_critics
+        self.layer_norm = layer_norm
         self.share_features_extractor = share_features_extractor
         self.register_buffer("temperature", th.ones(()))
         self.register_buffer("n_rewarded_batches", th.zeros(()))
@@ -133,6 +136,7 @@ class FlowPolicy(BoundedPolicy):
             **common,
             "net_arch": qf_arch,
             "n_critics": self.n_critics,
+            "layer_norm": self.layer_norm,
             "share_features_extractor": self.share_features_extractor,
         }
         shared = self.actor.features_extractor if self.share_features_extractor else None
@@ -163,6 +167,7 @@ class FlowPolicy(BoundedPolicy):
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,
             n_critics=self.n_critics,
+            layer_norm=self.layer_norm,
             share_features_extractor=self.share_features_extractor,
             path=self.actor.path,
             source=self.actor.source,

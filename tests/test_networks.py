@@ -14,21 +14,24 @@ def plain(network: ConditionalMLP) -> nn.Sequential:
     )
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("net_arch", [[], [32], [32, 16, 8]])
-def test_is_an_mlp_of_context_and_query(net_arch: list[int]) -> None:
+def test_is_an_mlp_of_context_and_query(net_arch: list[int], layer_norm: bool) -> None:
     torch.manual_seed(0)
-    network = ConditionalMLP(5, 3, 2, net_arch, nn.GELU).double()
+    network = ConditionalMLP(5, 3, 2, net_arch, nn.GELU, layer_norm).double()
+    assert sum(isinstance(module, nn.LayerNorm) for module in network.modules()) == layer_norm * len(net_arch)
     context, x = torch.randn(4, 5).double(), torch.randn(4, 7, 3).double()
     expected = plain(network)(torch.cat([context[:, None].expand(4, 7, 5), x], dim=-1))
     torch.testing.assert_close(network.decode(network.encode(context), x), expected)
     torch.testing.assert_close(network(context, x[:, 0]), expected[:, 0])
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("net_arch", [[], [64], [256, 256]])
-def test_differences_are_precise_where_values_are_large(net_arch: list[int]) -> None:
+def test_differences_are_precise_where_values_are_large(net_arch: list[int], layer_norm: bool) -> None:
     """Candidates are compared with each other, so what counts is the error of their differences, with and without gradient."""
     torch.manual_seed(0)
-    network = ConditionalMLP(17, 6, 1, net_arch)
+    network = ConditionalMLP(17, 6, 1, net_arch, layer_norm=layer_norm)
     # A critic's state makes most of its value.
     context, x = 10 * torch.randn(16, 17), torch.tanh(torch.randn(16, 12, 6))
     x.requires_grad_(True)
@@ -52,8 +55,8 @@ def _noise(values: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 def test_output_layer_is_what_answers_are_linear_in() -> None:
-    for net_arch in ([], [8]):
-        network = ConditionalMLP(2, 2, 1, net_arch)
+    for net_arch, layer_norm in (([], False), ([8], False), ([8], True)):
+        network = ConditionalMLP(2, 2, 1, net_arch, layer_norm=layer_norm)
         context, x = torch.randn(3, 2), torch.randn(3, 2)
         before = network(context, x)
         with torch.no_grad():
