@@ -153,7 +153,7 @@ class FlowActorCritic(PersistentAlgorithm):
         sampler: str = "ode",
         integration_steps: int = 5,
         proposal: str = "replay",
-        n_particles: int = 8,
+        n_particles: int = 1,
         n_target_particles: int = 1,
         t_min: float = 0.01,
         max_grad_norm: float | None = None,

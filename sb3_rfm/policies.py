@@ -78,7 +78,7 @@ class FlowPolicy(BoundedPolicy):
         source: str | Source | Distribution = "gaussian",
         sampler: str = "ode",
         integration_steps: int = 5,
-        n_particles: int = 8,
+        n_particles: int = 1,
         t_min: float = 0.01,
     ) -> None:
         super().__init__(
@@ -198,10 +198,10 @@ class FlowPolicy(BoundedPolicy):
             q = q / self.temperature - th.empty_like(q).exponential_().log()
         return q.argmax(dim=1, keepdim=True)
 
-    def act(self, actor_features: Tensor, critic_features: Tensor, noise: Tensor, deterministic: bool) -> Tensor:
-        """Actions in (-1, 1) for features, from given noise (B, P, D)."""
+    def act(self, actor_features: Tensor, critic_features: Tensor | None, noise: Tensor, deterministic: bool) -> Tensor:
+        """Actions in (-1, 1) for features, from given noise (B, P, D); ``critic_features`` are None for one particle."""
         latents = self.actor.sample_latents(actor_features, noise, deterministic)
-        if noise.shape[1] == 1:
+        if critic_features is None:
             return squash(latents[:, 0])
         q = self.critic.min_q(self.critic.encode(critic_features), squash(latents))
         index = self.choose_index(q, deterministic).unsqueeze(-1).expand(-1, -1, latents.shape[-1])
@@ -212,7 +212,7 @@ class FlowPolicy(BoundedPolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         actor_features = self.actor.features(observation)
-        critic_features = self.critic.features(observation)
+        critic_features = self.critic.features(observation) if self.n_particles > 1 else None
         n_states = len(actor_features)
         fixed = self.fixed_noise.expand(n_states, -1, -1)
         noise = fixed if deterministic else self.actor.draw_noise(n_states, self.n_particles)

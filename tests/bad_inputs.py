@@ -23,23 +23,13 @@ from gymnasium import spaces
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.sac.policies import SACPolicy
+from tiny import TINY
 from torch.distributions import Exponential, Independent, Laplace, Normal
 
 from sb3_rfm import DQS, QNE, QSM, RFM, RunCheckpoint
 from sb3_rfm.policies import FlowPolicy
 
-TINY: dict[str, Any] = {
-    "learning_starts": 5,
-    "batch_size": 8,
-    "buffer_size": 50,
-    "n_candidates": 2,
-    "n_particles": 2,
-    "integration_steps": 2,
-    "policy_kwargs": {"net_arch": [8]},
-    "execution": "eager",
-    "seed": 0,
-    "device": "cpu",
-}
+SMALL = TINY | {"learning_starts": 5, "batch_size": 8, "policy_kwargs": {"net_arch": [8]}}
 VECTOR, ACTION = spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,))
 DICTIONARY = spaces.Dict({"a": VECTOR, "b": ACTION})
 MAX_LENGTH = 400
@@ -65,7 +55,7 @@ class Env(gym.Env):
 
 
 def make(algorithm: Any = RFM, policy: Any = "MlpPolicy", env: Any = None, **arguments: Any) -> Any:
-    return algorithm(policy, Env() if env is None else env, **(TINY | arguments))
+    return algorithm(policy, Env() if env is None else env, **(SMALL | arguments))
 
 
 class Files:

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from scipy import stats
 from stable_baselines3 import SAC
 from stable_baselines3.common.utils import LinearSchedule
+from tiny import TINY
 from torch import Tensor
 from torch.distributions import Laplace, MultivariateNormal, Normal, StudentT
 
@@ -19,18 +20,6 @@ from sb3_rfm.actors import LATENT_BOUND
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 
 ALGORITHMS = [RFM, QNE, DQS, QSM]
-TINY: dict[str, Any] = {
-    "learning_starts": 10,
-    "batch_size": 16,
-    "buffer_size": 1_000,
-    "n_candidates": 4,
-    "n_particles": 3,
-    "integration_steps": 3,
-    "policy_kwargs": {"net_arch": [16]},
-    "execution": "eager",
-    "seed": 0,
-    "device": "cpu",
-}
 
 
 class ConstantReward(gym.Env):

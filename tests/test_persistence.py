@@ -20,6 +20,7 @@ from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
+from tiny import TINY
 from torch.distributions import Categorical, Laplace, MixtureSameFamily, Normal, StudentT
 
 from sb3_rfm import DQS, QNE, QSM, RFM, Rewindable, RunCheckpoint, safe_pickle
@@ -30,18 +31,6 @@ from sb3_rfm.safe_pickle import RefusedError
 from sb3_rfm.sources import DistributionSource, GaussianSource
 
 ALGORITHMS = [RFM, QNE, DQS, QSM]
-TINY: dict[str, Any] = {
-    "learning_starts": 10,
-    "batch_size": 16,
-    "buffer_size": 300,
-    "n_candidates": 4,
-    "n_particles": 3,
-    "integration_steps": 3,
-    "policy_kwargs": {"net_arch": [16]},
-    "execution": "eager",
-    "seed": 0,
-    "device": "cpu",
-}
 OBSERVATIONS = np.random.default_rng(0).uniform(-1, 1, (16, 3)).astype(np.float32)
 
 

@@ -11,21 +11,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
+from tiny import TINY
 
 from sb3_rfm import RFM
 
-TINY: dict[str, Any] = {
-    "learning_starts": 8,
-    "batch_size": 8,
-    "buffer_size": 100,
-    "n_candidates": 4,
-    "n_particles": 2,
-    "integration_steps": 2,
-    "policy_kwargs": {"net_arch": [8]},
-    "execution": "eager",
-    "seed": 0,
-    "device": "cpu",
-}
+SMALL = TINY | {"learning_starts": 8, "batch_size": 8, "policy_kwargs": {"net_arch": [8]}}
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -66,7 +56,7 @@ ACTION = spaces.Box(-1, 1, (2,))
     ids=["asymmetric", "tiny", "huge", "largest", "float64", "largest float64", "two-dimensional", "degenerate"],
 )
 def test_actions_lie_in_their_box(box: spaces.Box) -> None:
-    model = RFM("MlpPolicy", RandomEnv(VECTOR, box), **TINY)
+    model = RFM("MlpPolicy", RandomEnv(VECTOR, box), **SMALL)
     model.learn(20)
     assert np.abs(model.replay_buffer.actions[:20]).max() <= 1
     assert all(bool(th.isfinite(p).all()) for p in model.policy.parameters())
@@ -98,7 +88,7 @@ DICTIONARY = spaces.Dict(
 def test_dictionaries_with_scalars_and_images(n_envs: int, normalize: bool) -> None:
     env = DummyVecEnv([lambda: RandomEnv(DICTIONARY, ACTION)] * n_envs)
     keys = ["scalar", "vector"]
-    model = RFM("MultiInputPolicy", VecNormalize(env, norm_obs_keys=keys) if normalize else env, **TINY).learn(30)
+    model = RFM("MultiInputPolicy", VecNormalize(env, norm_obs_keys=keys) if normalize else env, **SMALL).learn(30)
     assert model.replay_buffer.observations["scalar"].shape[1:] == (n_envs, 1)
     observation = DICTIONARY.sample()
     action, _ = model.predict(observation, deterministic=True)
@@ -109,7 +99,7 @@ def test_dictionaries_with_scalars_and_images(n_envs: int, normalize: bool) -> N
 def test_scalars_are_stored_as_they_came() -> None:
     space = spaces.Dict({"scalar": spaces.Box(-100, 100, ()), "vector": VECTOR})
     env = DummyVecEnv([lambda: RandomEnv(space, ACTION)] * 2)
-    model = RFM("MultiInputPolicy", env, **TINY)
+    model = RFM("MultiInputPolicy", env, **SMALL)
     seen = []
     model.learn(8, callback=lambda local, _: seen.append(local["new_obs"]["scalar"].copy()) or True)
     np.testing.assert_array_equal(model.replay_buffer.observations["scalar"][1:4, :, 0], np.stack(seen)[:3])
@@ -127,7 +117,7 @@ def control_suite() -> list[str]:
 def test_every_task_of_the_control_suite_as_it_is() -> None:
     with_scalars = 0
     for task in control_suite():
-        model = RFM("MultiInputPolicy", task, **TINY).learn(12)
+        model = RFM("MultiInputPolicy", task, **SMALL).learn(12)
         assert isinstance(model.observation_space, spaces.Dict)
         with_scalars += any(space.shape == () for space in model.observation_space.spaces.values())
         observations = model.get_env().reset()
@@ -139,10 +129,10 @@ def test_every_task_of_the_control_suite_as_it_is() -> None:
 
 def test_images() -> None:
     space = spaces.Box(0, 255, (36, 36, 3), np.uint8)
-    arguments = TINY | {"policy_kwargs": {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 8}}}
+    arguments = SMALL | {"policy_kwargs": {"net_arch": [8], "features_extractor_kwargs": {"features_dim": 8}}}
     env = VecFrameStack(DummyVecEnv([lambda: RandomEnv(space, ACTION)]), n_stack=2)
     RFM("CnnPolicy", env, **arguments).learn(12)
-    unscaled = TINY | {"policy_kwargs": {"net_arch": [8], "normalize_images": False}}
+    unscaled = SMALL | {"policy_kwargs": {"net_arch": [8], "normalize_images": False}}
     RFM("MlpPolicy", RandomEnv(spaces.Box(0, 1, (4, 4, 1)), ACTION), **unscaled).learn(12)
 
 
@@ -159,7 +149,7 @@ def test_own_features_extractors(shared: bool) -> None:
 
     kwargs = {"net_arch": {"pi": [8], "qf": [4, 4]}, "share_features_extractor": shared, "optimizer_class": th.optim.RMSprop}
     kwargs |= {"features_extractor_class": Extractor, "activation_fn": th.nn.GELU, "optimizer_kwargs": {"alpha": 0.9}}
-    model = RFM("MlpPolicy", RandomEnv(VECTOR, ACTION), **(TINY | {"policy_kwargs": kwargs}))
+    model = RFM("MlpPolicy", RandomEnv(VECTOR, ACTION), **(SMALL | {"policy_kwargs": kwargs}))
     before = model.actor.features_extractor.layers[0].weight.detach().clone()
     model.learn(20)
     assert not th.equal(before, model.actor.features_extractor.layers[0].weight)
@@ -170,7 +160,7 @@ def test_own_features_extractors(shared: bool) -> None:
 
 
 def test_evaluation_on_bare_environments() -> None:
-    model = RFM("MultiInputPolicy", RandomEnv(DICTIONARY, ACTION), **TINY)
+    model = RFM("MultiInputPolicy", RandomEnv(DICTIONARY, ACTION), **SMALL)
     mean, _ = evaluate_policy(model, RandomEnv(DICTIONARY, ACTION), n_eval_episodes=2, warn=False)
     assert mean == 5
     model.set_env(make_vec_env(lambda: RandomEnv(DICTIONARY, ACTION), n_envs=1))

@@ -59,7 +59,8 @@ class Setting:
     evaluation_particles: int | None = None
 
 
-_PAPER = {"buffer_size": 250_000, "learning_starts": 10_000}
+_PAPER: dict[str, Any] = {"buffer_size": 250_000, "learning_starts": 10_000}
+_PAPER_FLOW: dict[str, Any] = {**_PAPER, "policy_kwargs": {"layer_norm": False}}
 
 SETTINGS: dict[str, Setting] = {
     "rfm:paper": Setting(
@@ -72,12 +73,12 @@ SETTINGS: dict[str, Setting] = {
             "n_particles": 32,
             "n_target_particles": 32,
             "max_grad_norm": 10.0,
-            "policy_kwargs": {"net_arch": {"pi": [256, 256, 256], "qf": [256, 256]}},
+            "policy_kwargs": {"net_arch": {"pi": [256, 256, 256], "qf": [256, 256]}, "layer_norm": False},
         }
     ),
     "qne:paper": Setting(
         {
-            **_PAPER,
+            **_PAPER_FLOW,
             "path": "cosine",
             "temperature": 0.02,
             "n_candidates": 500,
@@ -88,7 +89,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "dqs:paper": Setting(
         {
-            **_PAPER,
+            **_PAPER_FLOW,
             "path": VEPath(1e-5, 1.0),
             "temperature": 0.05,
             "n_candidates": 1000,
@@ -98,7 +99,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "qsm:paper": Setting(
         {
-            **_PAPER,
+            **_PAPER_FLOW,
             "path": LinearVPPath(),
             "temperature": 1 / 50,
             "sampler": "sde",
