@@ -198,6 +198,10 @@ class FlowPolicy(BoundedPolicy):
             q = q / self.temperature - th.empty_like(q).exponential_().log()
         return q.argmax(dim=1, keepdim=True)
 
+    def acting_features(self, observation: PyTorchObs) -> tuple[Tensor, Tensor | None]:
+        """Features of the actor, and of the critic where it is to choose among particles, (B, F) each."""
+        return self.actor.features(observation), self.critic.features(observation) if self.n_particles > 1 else None
+
     def act(self, actor_features: Tensor, critic_features: Tensor | None, noise: Tensor, deterministic: bool) -> Tensor:
         """Actions in (-1, 1) for features, from given noise (B, P, D); ``critic_features`` are None for one particle."""
         latents = self.actor.sample_latents(actor_features, noise, deterministic)
@@ -211,8 +215,7 @@ class FlowPolicy(BoundedPolicy):
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
-        actor_features = self.actor.features(observation)
-        critic_features = self.critic.features(observation) if self.n_particles > 1 else None
+        actor_features, critic_features = self.acting_features(observation)
         n_states = len(actor_features)
         fixed = self.fixed_noise.expand(n_states, -1, -1)
         noise = fixed if deterministic else self.actor.draw_noise(n_states, self.n_particles)

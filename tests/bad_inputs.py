@@ -27,12 +27,14 @@ from tiny import TINY
 from torch.distributions import Exponential, Independent, Laplace, Normal
 
 from sb3_rfm import DQS, QNE, QSM, RFM, RunCheckpoint
+from sb3_rfm.checkpoint import VERSION
 from sb3_rfm.policies import FlowPolicy
 
 SMALL = TINY | {"learning_starts": 5, "batch_size": 8, "policy_kwargs": {"net_arch": [8]}}
 VECTOR, ACTION = spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,))
 DICTIONARY = spaces.Dict({"a": VECTOR, "b": ACTION})
 MAX_LENGTH = 400
+THIS_VERSION = f'ion": {VERSION}'.encode()
 NAN, INF = float("nan"), float("inf")
 
 
@@ -326,7 +328,7 @@ RUNS = [
     Case("… a checkpoint with one byte changed", lambda files: RFM.resume(files.damaged(files.checkpoint)), "damaged.zip"),
     Case(
         "… a checkpoint of a newer format",
-        lambda f: RFM.resume(f.with_member(f.checkpoint, "run.json", lambda text: text.replace(b'ion": 1', b'ion": 99'))),
+        lambda f: RFM.resume(f.with_member(f.checkpoint, "run.json", lambda text: text.replace(THIS_VERSION, b'ion": 99'))),
         "format 99",
     ),
     Case(

@@ -4,22 +4,19 @@ Configured by environment variables, because it has to act before the tests are 
 
 - ``CONFORMANCE_ALGO``: the class of ``sb3_rfm`` to put in,
 - ``CONFORMANCE_AS``: the class of ``stable_baselines3`` that it replaces,
-- ``CONFORMANCE_EXCEPTIONS``: the file of tests that are not run, or not as they are,
+- ``CONFORMANCE_EXCEPTIONS``: the file of tests that are not run,
 - ``CONFORMANCE_REPORT``: where to write the results, as JSON.
 """
 
 import fnmatch
-import functools
 import inspect
 import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Generator
 from pathlib import Path
 from types import CodeType
 from typing import Any
-from unittest import mock
 
 import pytest
 import stable_baselines3
@@ -35,8 +32,6 @@ else:
 ALIAS = os.environ["CONFORMANCE_AS"]
 ALGO: type[BaseAlgorithm] = getattr(sb3_rfm, os.environ["CONFORMANCE_ALGO"])
 
-ARGUMENTS = pytest.StashKey[dict[str, Any]]()
-
 setattr(stable_baselines3, ALIAS, ALGO)
 
 
@@ -45,13 +40,13 @@ class Report:
 
     def __init__(self) -> None:
         self.modules: dict[str, dict[str, Any]] = defaultdict(
-            lambda: {"passed": 0, "failed": [], "skipped": [], "changed": [], "deselected": []}
+            lambda: {"passed": 0, "failed": [], "skipped": [], "deselected": []}
         )
         self.stale: list[str] = []
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         exceptions = tomllib.loads(Path(os.environ["CONFORMANCE_EXCEPTIONS"]).read_text())
-        rules = [rule for kind in ("deselected", "changed") for rule in exceptions[kind] if rule.get("as", ALIAS) == ALIAS]
+        rules = [rule for rule in exceptions["deselected"] if rule.get("as", ALIAS) == ALIAS]
         used = set()
         kept, dropped = [], []
         for item in items:
@@ -60,24 +55,15 @@ class Report:
                 continue
             name = item.nodeid.rpartition("/")[2]
             rule = next((rule for rule in rules if fnmatch.fnmatchcase(name, pattern(rule["test"]))), None)
-            if rule is not None:
-                used.add(rule["test"])
-                kind = "changed" if "arguments" in rule else "deselected"
-                self.modules[module_of(name)][kind].append([name, rule["reason"]])
-                item.stash[ARGUMENTS] = rule.get("arguments", {})
-            if rule is None or "arguments" in rule:
+            if rule is None:
                 kept.append(item)
-            else:
-                dropped.append(item)
+                continue
+            used.add(rule["test"])
+            self.modules[module_of(name)]["deselected"].append([name, rule["reason"]])
+            dropped.append(item)
         self.stale = [rule["test"] for rule in rules if rule["test"] not in used]
         items[:] = kept
         config.hook.pytest_deselected(items=dropped)
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        arguments = item.stash.get(ARGUMENTS, {})
-        with mock.patch.object(ALGO, "__init__", functools.partialmethod(ALGO.__init__, **arguments)):
-            return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         name = report.nodeid.rpartition("/")[2]

@@ -142,7 +142,6 @@ def markdown(results: dict[tuple[str, str], dict[str, Any]], modules: list[str])
     titles = {
         "failed": "Failed",
         "skipped": "Skipped by the tests themselves",
-        "changed": "Passed or failed with other arguments than the test's",
         "deselected": "Deselected",
     }
     for kind, title in titles.items():

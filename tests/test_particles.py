@@ -1,0 +1,21 @@
+"""Evaluating one model with several numbers of particles."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import TINY
+
+from sb3_rfm import QNE
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import particles
+
+
+def test_weights_are_the_same_and_particles_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    QNE("MlpPolicy", "Pendulum-v1", **TINY).learn(40).save(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), "--algo", "QNE", "--env", "Pendulum-v1", "--episodes", "2", "--particles", "1", "16"]
+    rows = particles.main(arguments)
+    assert [row[:2] for row in rows] == [(1, True), (1, False), (16, True), (16, False)]
+    assert rows[0][2] != rows[2][2] and rows[0] == particles.main(arguments)[0]
+    assert capsys.readouterr().out.startswith("| particles | deterministic | exploring |")
