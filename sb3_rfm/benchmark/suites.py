@@ -2,8 +2,8 @@
 
 An algorithm is named ``algo`` for its defaults or ``algo:setting`` for a named setting of it, as in ``qne:paper``. The
 ``paper`` settings are those of the experiment in Li, Tang & Azizan (arXiv 2601.08136), as far as the classes here have
-the choice. They keep one learning rate for actor and critic, and the control variate is this library's. The defaults of
-RFM, QNE and DQS choose among particles when acting, all three in the same way; in the paper only RFM does while training.
+the choice. They keep one learning rate for actor and critic, and the control variate is this library's. By default,
+all of them act with one particle; in the paper, RFM alone chooses among several while training.
 """
 
 import ast
