@@ -172,7 +172,7 @@ def plot_learning_curve(file: Path, training: tuple[np.ndarray, np.ndarray], eva
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=25_000, help="environment steps to train for")
+    parser.add_argument("--steps", type=int, default=22_000, help="environment steps to train for")
     parser.add_argument("--evaluations", type=int, default=10, help="number of evaluations during training")
     parser.add_argument("--eval-episodes", type=int, default=5, help="episodes of each evaluation")
     parser.add_argument("--seed", type=int, default=0)
