@@ -5,6 +5,7 @@ output: every sampling step then moves towards a bounded point, and integration 
 """
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn import functional as F
 
 from sb3_rfm.arguments import check_observation
 from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
@@ -27,6 +29,9 @@ from sb3_rfm.sources import GaussianSource, Source, get_source
 LATENT_BOUND = 4.0
 """Largest latent a flow can predict; tanh(4) = 0.9993."""
 
+LATENT_SCALE = 1.0
+"""Spread of latents under a uniform action: the density sech^2 has standard deviation pi / sqrt(12) = 0.91."""
+
 
 def squash(latents: Tensor) -> Tensor:
     """Actions in (-1, 1) of latents, of any shape."""
@@ -37,6 +42,11 @@ def unsquash(actions: Tensor) -> Tensor:
     """Latents of actions, clipped to the range that a flow can predict."""
     limit = np.tanh(LATENT_BOUND).item()
     return th.atanh(actions.clamp(-limit, limit))
+
+
+def log_sech2(u: Tensor) -> Tensor:
+    """``log(1 - tanh(u)^2)`` without cancellation."""
+    return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
 def check_sampler(sampler: str, source: Source) -> None:

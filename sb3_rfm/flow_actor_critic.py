@@ -12,7 +12,6 @@ The policy aimed at is ``pi(a|s) ∝ exp(Q(s, a) / temperature)``. In the latent
 Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), algorithm 1.
 """
 
-import math
 from abc import abstractmethod
 from typing import Any, ClassVar, TypeVar
 
@@ -26,9 +25,8 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import get_parameters_by_name
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.nn import functional as F
 
-from sb3_rfm.actors import FlowActor, check_sampler, squash, unsquash
+from sb3_rfm.actors import FlowActor, check_sampler, log_sech2, squash, unsquash
 from sb3_rfm.arguments import (
     check_algorithm,
     check_finite,
@@ -52,21 +50,14 @@ from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentAlgorithm
 from sb3_rfm.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean
+from sb3_rfm.scales import action_spread, update_reward_scale, update_temperature
 from sb3_rfm.sources import Source, get_source
 
 SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
 
-LATENT_SCALE = 1.0
-"""Spread of latents under a uniform action: the density sech^2 has standard deviation pi / sqrt(12) = 0.91."""
-
 NOT_LEARNED = (
     "The environment returned it. Nothing was learned from it: the weights and the replay buffer are as before this step."
 )
-
-
-def log_sech2(u: Tensor) -> Tensor:
-    """``log(1 - tanh(u)^2)`` without cancellation."""
-    return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
 class FlowActorCritic(PersistentAlgorithm):
@@ -294,10 +285,10 @@ class FlowActorCritic(PersistentAlgorithm):
         history: list[dict[str, Tensor]] = []
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-            self._update_reward_scale(batch.rewards)
+            update_reward_scale(self.policy, batch.rewards, self._temperature_fraction is not None)
             metrics = self._update_networks(batch)
             if self._temperature_fraction is not None:
-                self._update_temperature(metrics["action_spread"])
+                update_temperature(self.policy, metrics["action_spread"], self._temperature_fraction, self._n_updates)
             metrics["temperature"] = self.policy.temperature.clone()
             self._update_target_critic()
             self._n_updates += 1
@@ -399,7 +390,7 @@ class FlowActorCritic(PersistentAlgorithm):
 
         with th.no_grad():
             posterior = self._posterior_mean(log_prob, x_t, t, guess=prediction.detach())
-            spread = self._action_spread(encoded_q)
+            spread = action_spread(self.critic, encoded_q, self.actor.action_dim)
         loss = (prediction - posterior.x1).square().sum(-1).mean()
         return loss, {
             "actor_loss": loss.detach(),
@@ -453,46 +444,6 @@ class FlowActorCritic(PersistentAlgorithm):
                 for group in optimizer.param_groups:
                     th.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
             optimizer.step()
-
-    # Scales: what makes learning independent of the units of the reward
-
-    @th.no_grad()
-    def _update_reward_scale(self, rewards: Tensor) -> None:
-        """Keep the critics' unit at the mean size of a reward: values are of order 1 / (1 - gamma) in it, in any currency.
-
-        Batches without any reward do not count: where rewards are sparse, the unit would shrink towards zero.
-        """
-        size = rewards.abs().mean()
-        n_batches = self.policy.n_rewarded_batches
-        # Before the first reward values mean nothing: then, the outputs of the networks are kept, and not the values.
-        unit = th.where((n_batches == 0) & (size > 0), size, 1.0)
-        self.critic.scale *= unit
-        self.critic_target.scale *= unit
-        if self._temperature_fraction is not None:
-            self.policy.temperature *= unit
-        old = self.critic.scale
-        n_batches += size > 0
-        new = th.where(size > 0, old + (1 / n_batches).clamp(1e-3, 1) * (size - old), old)
-        self.critic.rescale(new)
-        self.critic_target.rescale(new)
-
-    def _action_spread(self, encoded_q: list[Tensor], n_states: int = 32, n_actions: int = 2) -> Tensor:
-        """Standard deviation of min Q between uniformly random actions at the same state, a scalar."""
-        encoded = [e[:n_states] for e in encoded_q]
-        actions = 2 * th.rand(len(encoded[0]), n_actions, self.actor.action_dim, device=self.device) - 1
-        return self.critic.min_q(encoded, actions).var(dim=1).mean().sqrt()
-
-    @th.no_grad()
-    def _update_temperature(self, spread: Tensor) -> None:
-        """``temperature="auto"``: follow the spread of Q between random actions.
-
-        A Boltzmann policy over D independent action dimensions whose Q has standard deviation S between random actions
-        keeps the same entropy in each dimension, whatever S and D, when the temperature is proportional to S / sqrt(D).
-        """
-        assert self._temperature_fraction is not None
-        value = self._temperature_fraction * spread / self.actor.action_dim**0.5
-        rate = max(1 / (self._n_updates + 1), 5e-3)
-        self.policy.temperature.lerp_(value.clamp(min=1e-12), rate)
 
     # Logging and persistence
 

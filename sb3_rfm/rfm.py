@@ -9,7 +9,8 @@ from typing import ClassVar
 from stable_baselines3.common.preprocessing import get_action_dim
 from torch import Tensor
 
-from sb3_rfm.flow_actor_critic import LATENT_SCALE, FlowActorCritic
+from sb3_rfm.actors import LATENT_SCALE
+from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean, PosteriorMeanEstimator, check_coefficient
 
 

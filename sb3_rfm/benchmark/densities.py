@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sb3_rfm.actors import log_sech2
 from sb3_rfm.control_variates import weighted_mean
-from sb3_rfm.flow_actor_critic import log_sech2
 from sb3_rfm.paths import CondOTPath
 from sb3_rfm.posterior import PosteriorMeanEstimator
 

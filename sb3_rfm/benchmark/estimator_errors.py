@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sb3_rfm.actors import squash, unsquash
+from sb3_rfm.actors import log_sech2, squash, unsquash
 from sb3_rfm.benchmark.densities import PATH, Density
 from sb3_rfm.candidates import draw_candidates
 from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, weighted_mean
-from sb3_rfm.flow_actor_critic import log_sech2
 from sb3_rfm.monte_carlo import effective_sample_size, importance_weights
 from sb3_rfm.posterior import PosteriorMeanEstimator, value_and_gradient
 from sb3_rfm.sources import GaussianSource

@@ -1,0 +1,68 @@
+"""The scales that follow the rewards: the critics' unit, and the temperature.
+
+With both, learning does not depend on the currency in which rewards are paid. They live in the policy's state, and change a
+little with every batch.
+
+Sources: van Hasselt et al., Pop-Art (arXiv 1602.07714), for rescaled outputs; the rule of the temperature is this library's.
+"""
+
+import torch as th
+from torch import Tensor
+
+from sb3_rfm.critics import QCritic
+from sb3_rfm.policies import FlowPolicy
+
+
+@th.no_grad()
+def update_reward_scale(policy: FlowPolicy, rewards: Tensor, scale_temperature: bool) -> None:
+    """Keep the critics' unit at the mean size of a reward: values are of order 1 / (1 - gamma) in it, in any currency.
+
+    Batches without any reward do not count: where rewards are sparse, the unit would shrink towards zero.
+
+    :param policy: Policy whose critics are rescaled; their values stay as they are, except at the first reward
+    :param rewards: Rewards of a batch, (B, 1)
+    :param scale_temperature: Whether the temperature goes with the unit that the first reward sets
+    """
+    critic, n_batches = policy.critic, policy.n_rewarded_batches
+    size = rewards.abs().mean()
+    # Before the first reward values mean nothing: then, the outputs of the networks are kept, and not the values.
+    unit = th.where((n_batches == 0) & (size > 0), size, 1.0)
+    critic.scale *= unit
+    policy.critic_target.scale *= unit
+    if scale_temperature:
+        policy.temperature *= unit
+    n_batches += size > 0
+    new = th.where(size > 0, critic.scale + (1 / n_batches).clamp(1e-3, 1) * (size - critic.scale), critic.scale)
+    critic.rescale(new)
+    policy.critic_target.rescale(new)
+
+
+def action_spread(critic: QCritic, encoded_q: list[Tensor], action_dim: int, n_states: int = 32, n_actions: int = 2) -> Tensor:
+    """Standard deviation of min Q between uniformly random actions at the same state.
+
+    :param critic: The critics
+    :param encoded_q: States, as :meth:`QCritic.encode` gives them, (B, H) each
+    :param action_dim: Action dimensions D
+    :param n_states: States that are looked at
+    :param n_actions: Actions at each of them
+    :return: A scalar, in units of the reward
+    """
+    encoded = [e[:n_states] for e in encoded_q]
+    actions = 2 * th.rand(len(encoded[0]), n_actions, action_dim, device=encoded[0].device) - 1
+    return critic.min_q(encoded, actions).var(dim=1).mean().sqrt()
+
+
+@th.no_grad()
+def update_temperature(policy: FlowPolicy, spread: Tensor, fraction: float, n_updates: int) -> None:
+    """``temperature="auto"``: follow the spread of Q between random actions.
+
+    A Boltzmann policy over D independent action dimensions whose Q has standard deviation S between random actions
+    keeps the same entropy in each dimension, whatever S and D, when the temperature is proportional to S / sqrt(D).
+
+    :param policy: Policy whose temperature is moved
+    :param spread: Result of :func:`action_spread`
+    :param fraction: Temperature aimed at, as a share of S / sqrt(D)
+    :param n_updates: Updates so far; the first ones average over all, later ones over about 200
+    """
+    value = fraction * spread / policy.actor.action_dim**0.5
+    policy.temperature.lerp_(value.clamp(min=1e-12), max(1 / (n_updates + 1), 5e-3))
