@@ -91,7 +91,11 @@ def _expected_policy(model: OffPolicyAlgorithm, policy_type: type[BasePolicy]) -
 
 
 def check_networks(
-    net_arch: list[int] | dict[str, list[int]], activation_fn: object, optimizer_class: object, n_critics: int
+    net_arch: list[int] | dict[str, list[int]],
+    activation_fn: object,
+    optimizer_class: object,
+    n_critics: int,
+    layer_norm: object,
 ) -> None:
     """Check what networks are made of.
 
@@ -107,6 +111,8 @@ def check_networks(
         if not callable(value):
             raise ValueError(f"{name} must be a class, such as {example}, got {value!r}.")
     check_integer("n_critics", n_critics, 1)
+    if not isinstance(layer_norm, bool):
+        raise ValueError(f"layer_norm must be True or False, got {layer_norm!r}.")
 
 
 def check_observation(observation: Any, space: spaces.Space) -> None:

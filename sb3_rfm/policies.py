@@ -92,7 +92,7 @@ class FlowPolicy(BoundedPolicy):
             normalize_images=normalize_images,
         )
         self.net_arch = [256, 256] if net_arch is None else net_arch
-        check_networks(self.net_arch, activation_fn, optimizer_class, n_critics)
+        check_networks(self.net_arch, activation_fn, optimizer_class, n_critics, layer_norm)
         self.activation_fn = activation_fn
         self.n_critics = n_critics
         self.layer_norm = layer_norm
@@ -206,7 +206,8 @@ class FlowPolicy(BoundedPolicy):
         """Actions in (-1, 1) for features, from given noise (B, P, D); ``critic_features`` are None for one particle."""
         latents = self.actor.sample_latents(actor_features, noise, deterministic)
         if critic_features is None:
-            return squash(latents[:, 0])
+            (particle,) = latents.unbind(dim=1)
+            return squash(particle)
         q = self.critic.min_q(self.critic.encode(critic_features), squash(latents))
         index = self.choose_index(q, deterministic).unsqueeze(-1).expand(-1, -1, latents.shape[-1])
         return squash(latents.gather(1, index).squeeze(1))

@@ -182,6 +182,7 @@ ARGUMENTS = [
     network("net_arch", net_arch=["wide"]),
     network("qf", AssertionError, net_arch={"pi": [8]}),
     network("n_critics", n_critics=0),
+    network("layer_norm", layer_norm="yes"),
     network("activation_fn", activation_fn="relu"),
     network("optimizer_class", optimizer_class="adam"),
     Case("policy `'Mlp'`", lambda _: make(policy="Mlp"), "'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy'"),
