@@ -35,7 +35,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(ONE_THREAD) $(BIN)/pytest -n 2 $(ARGS)
+	$(ONE_THREAD) $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 # Stable-Baselines3's own tests, with its SAC and TD3 replaced by the algorithms of this package.
 conformance: $(STAMP)
