@@ -203,7 +203,15 @@ class FlowPolicy(BoundedPolicy):
         return self.actor.features(observation), self.critic.features(observation) if self.n_particles > 1 else None
 
     def act(self, actor_features: Tensor, critic_features: Tensor | None, noise: Tensor, deterministic: bool) -> Tensor:
-        """Actions in (-1, 1) for features, from given noise (B, P, D); ``critic_features`` are None for one particle."""
+        """Actions in (-1, 1) for features, from given noise.
+
+        :param actor_features: (B, F)
+        :param critic_features: (B, F), by which one particle is chosen; None for one particle
+        :param noise: Source samples, (B, P, D)
+        :param deterministic: See :meth:`choose_index`
+        :return: (B, D)
+        :raises ValueError: for several particles without ``critic_features``
+        """
         latents = self.actor.sample_latents(actor_features, noise, deterministic)
         if critic_features is None:
             (particle,) = latents.unbind(dim=1)

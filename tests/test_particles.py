@@ -1,9 +1,10 @@
-"""Evaluating one model with several numbers of particles."""
+"""Acting with several numbers of particles."""
 
 import sys
 from pathlib import Path
 
 import pytest
+import torch as th
 from tiny import TINY
 
 from sb3_rfm import QNE
@@ -19,3 +20,11 @@ def test_weights_are_the_same_and_particles_differ(tmp_path: Path, capsys: pytes
     assert [row[:2] for row in rows] == [(1, True), (1, False), (16, True), (16, False)]
     assert rows[0][2] != rows[2][2] and rows[0] == particles.main(arguments)[0]
     assert capsys.readouterr().out.startswith("| particles | deterministic | exploring |")
+
+
+def test_a_choice_among_particles_needs_the_critic() -> None:
+    policy = QNE("MlpPolicy", "Pendulum-v1", **TINY).policy
+    features = th.zeros(2, 3)
+    with pytest.raises(ValueError, match="unpack"):
+        policy.act(features, None, th.zeros(2, 3, 1), deterministic=True)
+    assert policy.act(features, None, th.zeros(2, 1, 1), deterministic=True).shape == (2, 1)
