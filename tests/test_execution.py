@@ -120,7 +120,7 @@ def test_compiled_loss_has_the_eager_gradients(
 ) -> None:
     """Both modes draw the same numbers, so what differs is rounding: a small part of the largest gradient.
 
-    An importance weight is as uncertain as its exponent, eps |Q| / λ: with |Q| of 12 here, 1.5e-6 at λ = 1. QSM has no weights.
+    An importance weight is as uncertain as its exponent, eps |Q| / λ: with |Q| of 12 here, 1.5e-6 at λ = 1. QSM has none.
     """
     model = algorithm(
         "MlpPolicy",
