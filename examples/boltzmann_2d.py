@@ -24,9 +24,9 @@ from typing import Any
 
 import matplotlib
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from sb3_rfm.benchmark.sample_quality import effective_share, squared_mmd, wasserstein_2
 from sb3_rfm.posterior import PosteriorMeanEstimator, ReverseFlowMatchingLoss
 from sb3_rfm.samplers import time_grid
 
@@ -166,35 +166,17 @@ def sample(model: DataMean, n: int, n_steps: int = 60) -> tuple[Tensor, Tensor, 
     return x, log_q, torch.stack(states)
 
 
-def wasserstein_2(x: Tensor, y: Tensor) -> float:
-    """Distance between two samples of equal size, by optimal assignment."""
-    cost = torch.cdist(x, y).square().numpy()
-    rows, columns = linear_sum_assignment(cost)
-    return math.sqrt(cost[rows, columns].mean())
-
-
-def squared_mmd(x: Tensor, y: Tensor, width: float) -> float:
-    """Squared maximum mean discrepancy with a Gaussian kernel (unbiased, so it can be slightly negative)."""
-
-    def mean_kernel(a: Tensor, b: Tensor) -> float:
-        kernel = torch.exp(-0.5 * torch.cdist(a, b).square() / width**2)
-        return float((kernel.sum() - kernel.diagonal().sum()) / (len(a) * (len(b) - 1)) if a is b else kernel.mean())
-
-    return mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
-
-
 def assess(target: Target, samples: Tensor, log_q: Tensor) -> dict[str, float]:
     """Distances to exact samples, modes found and effective sample size."""
     n = min(len(samples), len(target.samples), 1000)
     distance = torch.cdist(samples, target.modes)
     nearest = torch.bincount(distance.argmin(1), minlength=len(target.modes))
-    weights = torch.softmax(torch.nan_to_num(target.log_prob(samples) - log_q, nan=-math.inf), 0)
     return {
         "W2": wasserstein_2(samples[:n], target.samples[:n]),
         "MMD^2": squared_mmd(samples[:n], target.samples[:n], float(target.samples.std()) / 4),
         # Found: at least a quarter of the samples that it should have.
         "modes": float((nearest >= 0.25 * len(samples) / len(target.modes)).float().mean()),
-        "ESS": float(1 / weights.square().sum() / len(samples)),
+        "ESS": effective_share(target.log_prob(samples), log_q),
     }
 
 

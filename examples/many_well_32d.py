@@ -24,9 +24,9 @@ from typing import Any
 
 import matplotlib
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from sb3_rfm.benchmark.sample_quality import effective_share, squared_mmd, wasserstein_2
 from sb3_rfm.posterior import PosteriorMeanEstimator, ReverseFlowMatchingLoss
 from sb3_rfm.samplers import time_grid
 
@@ -123,20 +123,15 @@ def sample(model: DataMean, n: int, n_steps: int = 40) -> tuple[Tensor, Tensor, 
 
 def assess(samples: Tensor, log_q: Tensor, truth: Tensor) -> dict[str, float]:
     """Distances to exact samples of the same number."""
-    cost = torch.cdist(samples, truth).square()
-    rows, columns = linear_sum_assignment(cost.numpy())
     marginal = (samples.sort(0).values - truth.sort(0).values).square().mean(0)
-    kernels = [torch.exp(-0.5 * torch.cdist(a, b).square() / DIM) for a, b in ((samples, samples), (truth, truth))]
-    within = [float((k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))) for k in kernels]
-    weights = torch.softmax(torch.nan_to_num(log_prob(samples) - log_q, nan=-math.inf), 0)
     deeper = (samples[:, ::2] > 0).float().mean(0)
     return {
         "W2 of marginals": float(marginal.mean().sqrt()),
-        "W2": math.sqrt(float(cost[rows, columns].mean())),
-        "MMD^2": sum(within) - 2 * float(torch.exp(-0.5 * cost / DIM).mean()),
+        "W2": wasserstein_2(samples, truth),
+        "MMD^2": squared_mmd(samples, truth, math.sqrt(DIM)),
         "deeper well": float(deeper.mean()),
         "emptiest well": float(torch.minimum(deeper, 1 - deeper).min()),
-        "ESS": float(1 / weights.square().sum() / len(samples)),
+        "ESS": effective_share(log_prob(samples), log_q),
     }
 
 

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from sb3_rfm.benchmark import densities, estimator, estimator_errors
+from sb3_rfm.benchmark import densities, estimator, estimator_errors, sample_quality
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -32,7 +32,7 @@ def test_boltzmann_2d(tmp_path: Path) -> None:
     by_coefficient = {row["coefficient"]: row for row in rows}
     assert set(by_coefficient) == {"noise", "gradient", "optimal"}
     exact = module.moons().samples
-    untrained = module.wasserstein_2(torch.randn(200, 2, generator=torch.Generator().manual_seed(0)), exact[:200])
+    untrained = sample_quality.wasserstein_2(torch.randn(200, 2, generator=torch.Generator().manual_seed(0)), exact[:200])
     assert by_coefficient["optimal"]["W2"] < untrained
     assert (tmp_path / "boltzmann_2d_moons.png").stat().st_size > 10_000
     assert len((tmp_path / "boltzmann_2d.csv").read_text().splitlines()) == 4
@@ -65,9 +65,27 @@ def test_densities_of_flows_and_distances_are_right() -> None:
 
 
 def test_wasserstein_is_that_of_a_shift() -> None:
-    module = load("boltzmann_2d")
     x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
-    assert module.wasserstein_2(x, x + torch.tensor([3.0, 4.0])) == pytest.approx(5.0, rel=1e-5)
+    assert sample_quality.wasserstein_2(x, x + torch.tensor([3.0, 4.0])) == pytest.approx(5.0, rel=1e-5)
+    with pytest.raises(ValueError, match=r"\(100, 2\) and \(50, 2\)"):
+        sample_quality.wasserstein_2(x, x[:50])
+
+
+def test_mmd_of_gaussians_in_closed_form() -> None:
+    """With a Gaussian kernel, that of two Gaussians a shift apart is an integral of Gaussians."""
+    generator, shift, width = torch.Generator().manual_seed(0), 1.0, 0.8
+    x, y = (torch.randn(4000, 1, generator=generator, dtype=torch.float64) for _ in range(2))
+    variance = 2 + width**2
+    exact = 2 * width / math.sqrt(variance) * (1 - math.exp(-0.5 * shift**2 / variance))
+    assert sample_quality.squared_mmd(x, y + shift, width) == pytest.approx(exact, abs=0.02)
+    assert abs(sample_quality.squared_mmd(x, y, width)) < 2e-3
+
+
+def test_effective_share_of_known_weights() -> None:
+    """Weights 1, 1, 2 are worth 16 / 6 samples; one that is not finite counts as none."""
+    log_weights = torch.tensor([0.0, 0.0, math.log(2)])
+    assert sample_quality.effective_share(log_weights + 5, torch.zeros(3)) == pytest.approx(16 / 6 / 3)
+    assert sample_quality.effective_share(torch.zeros(2), torch.tensor([0.0, math.nan])) == pytest.approx(0.5)
 
 
 def test_many_well_32d(tmp_path: Path) -> None:
@@ -82,7 +100,7 @@ def test_the_estimator_benchmark(tmp_path: Path) -> None:
     arguments = ["--rows", "24", "--candidates", "16", "32", "--times", "0.2", "0.8", "--output", str(tmp_path)]
     rows = estimator.main(["--densities", "gaussian-6-1", "critic-1-0.1", *arguments])
     optimal = [row for row in rows if row["rule"] == "optimal"]
-    assert len(optimal) == 24 and all(math.isfinite(row["mse"]) for row in rows)
+    assert len(optimal) == 32 and all(math.isfinite(row["mse"]) for row in rows)
     exact = [r for r in optimal if r["density"].startswith("Gaussian") and r["candidates"] == "localised"]
     assert all(row["mse"] < 1e-2 * row["mean squared velocity"] for row in exact)
     # Cells whose verdict is uncertain were measured again.
@@ -104,8 +122,8 @@ def test_the_estimator_benchmark_on_a_trained_critic(tmp_path: Path, monkeypatch
     rows = estimator.main(arguments)
     assert len({row["density"] for row in rows}) == 2
     estimator.main([*arguments, "--clock"])  # the model is loaded now
-    assert len((tmp_path / "race.csv").read_text().splitlines()) == 1 + 2 * 2 * 4
-    assert "| guess | 8 |" in (tmp_path / "race.txt").read_text()
+    assert len((tmp_path / "race.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
+    assert "| guess, antithetic | 8 |" in (tmp_path / "race.txt").read_text()
 
 
 def test_plain_samples_are_counted_by_interpolation() -> None:
@@ -123,7 +141,7 @@ def test_a_race_compares_at_the_same_time_and_the_same_error(monkeypatch: pytest
     monkeypatch.setattr(estimator_errors, "seconds", seconds)
     cell = {"density": "critic of somewhere", "t": 0.5}
     rows = [cell | {"candidates": "source", "K": n, "rule": "noise (0)", "mse": 8 / n} for n in estimator_errors.PLAIN]
-    rows += [cell | {"candidates": "guess", "K": 8, "rule": "optimal", "mse": 0.02}]
+    rows += [cell | {"candidates": "guess, antithetic", "K": 8, "rule": "optimal", "mse": 0.02}]
     (result,) = estimator_errors.race(SimpleNamespace(env_name="somewhere"), rows)
     assert result["affordable plain samples"] == pytest.approx(100)
     assert result["error gain"] == pytest.approx(8 / 100 / 0.02)

@@ -241,7 +241,7 @@ class RandomCritic(Critic):
 
 
 class TrainedCritic(Critic):
-    """The critics of a trained model at one observation.
+    """The first critic of a trained model at one observation.
 
     :param model: Trained RFM model
     :param observation: (1, ...)
@@ -257,7 +257,7 @@ class TrainedCritic(Critic):
         super().__init__(name, model.action_space.shape[0])
 
     def q(self, action: Tensor) -> Tensor:
-        return self.critic.min_q(self.encoded, action.reshape(1, -1, self.dim)).view(action.shape[:-1]) / self.temperature
+        return self.critic.split_q(self.encoded, action.reshape(1, -1, self.dim)).view(action.shape[:-1]) / self.temperature
 
     @torch.no_grad()
     def guess(self, x_t: Tensor, t: float, mean: Tensor, generator: torch.Generator) -> Tensor:

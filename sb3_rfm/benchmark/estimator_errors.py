@@ -1,7 +1,6 @@
 """Errors of the posterior-mean estimator: of each rule for the coefficient, in plain samples, and against the clock.
 
-A *cell* is a density, a time t, a number K and a kind of candidates, which come from the source, are *localised* by
-``data_scale``, or localised with half of them around a *guess* of the data mean. All rules see the same candidates. The
+A *cell* is a density, a time t, a number K and a kind of candidates (:data:`KINDS`). All rules see the same candidates. The
 *ratio* of a rule is its mean squared error over that of the better of the coefficients 0 and 1 in the same cell.
 """
 
@@ -9,14 +8,14 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sb3_rfm.actors import log_sech2, squash, unsquash
 from sb3_rfm.benchmark.densities import PATH, Density
-from sb3_rfm.candidates import draw_candidates
+from sb3_rfm.candidates import PointSet, draw_candidates
 from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, weighted_mean
 from sb3_rfm.monte_carlo import effective_sample_size, importance_weights
 from sb3_rfm.posterior import PosteriorMeanEstimator, value_and_gradient
@@ -26,7 +25,27 @@ PLAIN = (16, 32, 64, 128, 256, 500, 1000, 2000, 4000)
 """Numbers of plain samples for K-equivalence."""
 LINE = 1.05
 """What the ratio of ``"optimal"`` should not exceed."""
-KINDS = ("source", "localised", "guess")
+
+
+class Kind(NamedTuple):
+    """Where candidates come from.
+
+    :param localised: Whether ``data_scale`` is known
+    :param guess: Whether half of them are around a guess of the data mean
+    :param points: Point set
+    """
+
+    localised: bool
+    guess: bool
+    points: PointSet
+
+
+KINDS = {
+    "source": Kind(localised=False, guess=False, points="independent"),
+    "localised": Kind(localised=True, guess=False, points="independent"),
+    "guess, antithetic": Kind(localised=True, guess=True, points="antithetic"),  # as the algorithms use them
+    "guess, Sobol": Kind(localised=True, guess=True, points="sobol"),
+}
 ENDPOINTS = ("noise (0)", "gradient (1)")
 NEGLIGIBLE = 1e-3
 """Errors below this share of the mean squared velocity count as equal to it."""
@@ -49,8 +68,9 @@ class Sample:
             n,
             x_t,
             at,
-            data_scale=None if kind == "source" else density.data_scale,
-            guess=guess if kind == "guess" else None,
+            data_scale=density.data_scale if KINDS[kind].localised else None,
+            guess=guess if KINDS[kind].guess else None,
+            points=KINDS[kind].points,
             generator=generator,
         )
         self.values = candidates.x_0
@@ -116,7 +136,7 @@ def measure_cell(
     :param group: Targets of one family, over which errors are averaged
     :param t: Time
     :param n: K
-    :param kind: ``"source"``, ``"localised"`` or ``"guess"``
+    :param kind: Name in :data:`KINDS`
     :param n_rows: Number of ``x_t``
     :param seed: Of all randomness
     :param rules: Names in :data:`RULES`
@@ -241,13 +261,14 @@ def seconds(model: Any, contenders: Sequence[tuple[str, int, Any]], n_states: in
     x_t = PATH.interpolate(torch.randn_like(batch.actions), unsquash(batch.actions), t)
 
     def log_prob(u: Tensor) -> Tensor:
-        return model.critic.min_q(encoded, squash(u)) / model.policy.temperature + log_sech2(u).sum(-1)
+        return model.critic.split_q(encoded, squash(u)) / model.policy.temperature + log_sech2(u).sum(-1)
 
     def once(kind: str, n: int, coefficient: Any) -> float:
-        estimator = PosteriorMeanEstimator(PATH, n, coefficient, data_scale=None if kind == "source" else 1.0)
+        data_scale, points = 1.0 if KINDS[kind].localised else None, KINDS[kind].points
+        estimator = PosteriorMeanEstimator(PATH, n, coefficient, data_scale=data_scale, points=points)
         began = time.perf_counter()
         with torch.no_grad():
-            guess = model.actor.predict_data(encoded_actor, x_t, t) if kind == "guess" else None
+            guess = model.actor.predict_data(encoded_actor, x_t, t) if KINDS[kind].guess else None
         estimator.estimate(log_prob, x_t, t, estimator.draw(x_t, t, guess=guess))
         return time.perf_counter() - began
 
@@ -263,7 +284,7 @@ def race(model: Any, rows: list[Row]) -> list[Row]:
     :return: One row for each way, temperature and t
     """
     plain = [n for n in PLAIN if n <= 500]
-    ways = [("source", 32), ("localised", 32), ("guess", 32), ("guess", 8)]
+    ways = [("source", 32), ("localised", 32), ("guess, Sobol", 32), ("guess, antithetic", 32), ("guess, antithetic", 8)]
     measured = seconds(model, [("source", n, 0.0) for n in plain] + [(kind, n, "optimal") for kind, n in ways])
     clock, own = list(zip(plain, measured, strict=False)), dict(zip(ways, measured[len(plain) :], strict=True))
 
