@@ -13,6 +13,7 @@ eager generators in every mode, so that all modes see the same noise.
 """
 
 import ctypes
+import importlib
 import shutil
 import sys
 import types
@@ -152,9 +153,10 @@ def _own_code(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _load_compiler() -> None:
-    """Load and set up the compiler, which takes seconds; only who compiles pays for it.
+    """Load the compiler, which takes seconds; only who compiles pays for it.
 
     Deprecation warnings of its own modules, which some environment packages make visible, are not the user's.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._inductor.compile_fx")

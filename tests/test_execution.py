@@ -1,5 +1,7 @@
 """Choice of execution mode, and the fallback of what cannot be compiled."""
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,18 @@ class Scaled(torch.nn.Module):
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return self.factor * x
+
+
+def test_compiling_shows_no_deprecation_warnings_of_the_compiler() -> None:
+    """Some environment packages make them visible; in a fresh process, because a module warns when it is loaded."""
+    program = """
+import warnings, torch
+from sb3_rfm.execution import Executor
+warnings.simplefilter("always", DeprecationWarning)
+assert Executor("compile").prepare(lambda x: 2 * x)(torch.ones(3)).sum() == 6
+"""
+    result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert "DeprecationWarning" not in result.stderr
 
 
 def test_two_models_share_no_compiled_code() -> None:
