@@ -104,6 +104,8 @@ def draw_candidates(
         log_r = source.log_prob(noise)
     else:
         n_near = n_candidates // 2
+        if points == "antithetic":
+            n_near -= n_near % 2  # pairs stay together
         index = torch.arange(n_candidates, device=x_t.device)[None, :, None]
         near = index < n_near
         narrow = guess_spread * spread

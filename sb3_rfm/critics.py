@@ -78,16 +78,30 @@ class QCritic(BaseModel):
         :param reduced: Compute what distinguishes the K actions in bfloat16, see :meth:`ConditionalMLP.decode_differences`
         :return: (n_critics, B) or (n_critics, B, K)
         """
-        pairs = zip(self._networks, encoded, strict=True)
-        if reduced:
-            values = [network.decode_differences(e, actions).squeeze(-1) for network, e in pairs]
-        else:
-            values = [network.decode(e, actions).squeeze(-1) for network, e in pairs]
-        return self.scale * th.stack(values)
+        return self.scale * th.stack([self._answer(i, e, actions, reduced) for i, e in enumerate(encoded)])
 
     def min_q(self, encoded: list[Tensor], actions: Tensor, reduced: bool = False) -> Tensor:
         """Minimum over the ensemble, (B,) or (B, K)."""
         return self.q_values(encoded, actions, reduced).amin(0)
+
+    def split_q(self, encoded: list[Tensor], actions: Tensor, reduced: bool = False) -> Tensor:
+        """Q-values of which each state's come from one of the critics: the first share of the states asks the first critic,
+        and so on. An average over the states is an average over the critics, at the price of one.
+
+        :param encoded: Result of :meth:`encode`
+        :param actions: (B, D) or (B, K, D), in [-1, 1]
+        :param reduced: See :meth:`q_values`
+        :return: (B,) or (B, K)
+        """
+        shares = zip(*(tensor.tensor_split(self.n_critics) for tensor in [actions, *encoded]), strict=True)
+        values = [self._answer(i, share[1 + i], share[0], reduced) for i, share in enumerate(shares)]
+        return self.scale * th.cat(values)
+
+    def _answer(self, index: int, encoded: Tensor, actions: Tensor, reduced: bool) -> Tensor:
+        """What one network says, in its own units."""
+        network = self._networks[index]
+        decode = network.decode_differences if reduced else network.decode
+        return decode(encoded, actions).squeeze(-1)
 
     def forward(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, ...]:
         """Q-values of each critic.

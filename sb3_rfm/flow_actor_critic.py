@@ -81,7 +81,7 @@ class FlowActorCritic(PersistentAlgorithm):
     :param temperature: λ of the target ``exp(Q / λ)``, in units of the reward; or ``"auto"``, the same as ``"auto_0.2"``: 0.2
         times the mean difference of Q between two random actions, over the root of the action dimension, which makes
         learning independent of the reward's scale
-    :param n_candidates: Candidates K at which Q (and its gradient) is evaluated for each ``x_t``
+    :param n_candidates: Candidates K at which Q (and its gradient) is evaluated for each ``x_t``, by one of the critics
     :param coefficient: Control-variate coefficient in noise coordinates, where the algorithm leaves a choice
     :param path: ``"cond_ot"``, ``"cosine"``, ``"linear_vp"`` or ``"ve"``
     :param source: Where the flow starts: ``"gaussian"``, a ``torch.distributions`` distribution on R^D or a
@@ -385,7 +385,7 @@ class FlowActorCritic(PersistentAlgorithm):
         prediction = self.actor.predict_data(self.actor.network.encode(actor_features), x_t, t)
 
         def log_prob(u: Tensor) -> Tensor:
-            q = self.critic.min_q(encoded_q, squash(u), self._reduced)
+            q = self.critic.split_q(encoded_q, squash(u), self._reduced)
             return q / self.policy.temperature + log_sech2(u).sum(-1)
 
         with th.no_grad():

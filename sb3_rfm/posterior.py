@@ -74,7 +74,8 @@ class PosteriorMeanEstimator:
         of that scale would have, instead of the source; that is what keeps them useful at small t. The weights
         account for it exactly.
     :param guess_spread: Spread of the candidates around a guess (see :meth:`__call__`), relative to the others
-    :param points: ``"independent"``, ``"antithetic"`` or ``"sobol"`` candidates
+    :param points: ``"independent"``, ``"antithetic"`` or ``"sobol"`` candidates; antithetic ones gain most with few of them,
+        Sobol points from 16 on, and either needs the source's quantile function
     :param method: ``"snis"`` → self-normalised importance sampling, ``"mcmc"`` → one Markov chain from each candidate,
         ``"smc"`` → tempered sequential Monte Carlo from the source; or :class:`~sb3_rfm.monte_carlo.MCMC` or
         :class:`~sb3_rfm.monte_carlo.SMC` for other than their defaults

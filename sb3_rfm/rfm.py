@@ -10,8 +10,10 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from torch import Tensor
 
 from sb3_rfm.actors import LATENT_SCALE
+from sb3_rfm.candidates import PointSet
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean, PosteriorMeanEstimator, check_coefficient
+from sb3_rfm.sources import get_source
 
 
 class RFM(FlowActorCritic):
@@ -28,8 +30,11 @@ class RFM(FlowActorCritic):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        source = copy.deepcopy(self.source)  # compilers leave marks on tensors, with which they are not saved as plain ones
-        self.estimator = PosteriorMeanEstimator(self.path, self.n_candidates, self.coefficient, source, LATENT_SCALE)
+        source = get_source(copy.deepcopy(self.source))  # compilers leave marks on tensors, which would be saved
+        points: PointSet = "antithetic" if source.has_quantiles else "independent"
+        self.estimator = PosteriorMeanEstimator(
+            self.path, self.n_candidates, self.coefficient, source, LATENT_SCALE, points=points
+        )
 
     def _check_arguments(self) -> None:
         super()._check_arguments()

@@ -22,6 +22,8 @@ class Source(ABC):
     """Mean, a scalar or (D,)"""
     variance: float = 1.0
     """Variance of one dimension (their mean); ``x_0 + variance * score`` has no noise left where p0 is Gaussian"""
+    has_quantiles: bool = False
+    """Whether :meth:`opposite` and :meth:`from_uniform` are defined"""
 
     @abstractmethod
     def sample(self, shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -63,6 +65,8 @@ class Source(ABC):
 
 class GaussianSource(Source):
     """The standard Gaussian."""
+
+    has_quantiles = True
 
     def sample(self, shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
@@ -136,25 +140,31 @@ class DistributionSource(Source):
             (score,) = torch.autograd.grad(self.log_prob(x).sum(), x)
         return score
 
+    @property
+    def has_quantiles(self) -> bool:  # type: ignore[override]
+        if self.distribution.event_shape:
+            return False  # a joint distribution has no quantile function
+        try:
+            self.distribution.icdf(self.distribution.cdf(torch.zeros(self.distribution.batch_shape)))
+        except NotImplementedError:
+            return False
+        return True
+
     def opposite(self, x: Tensor) -> Tensor:
         self._check_quantiles("Antithetic")
-        return self.distribution.icdf(1 - self.distribution.cdf(x))
+        margin = torch.finfo(x.dtype).eps  # quantiles 0 and 1 are infinite
+        return self.distribution.icdf((1 - self.distribution.cdf(x)).clamp(margin, 1 - margin))
 
     def from_uniform(self, u: Tensor) -> Tensor:
         self._check_quantiles("Sobol")
         return self.distribution.icdf(u)
 
     def _check_quantiles(self, points: str) -> None:
-        distribution = self.distribution
-        try:
-            if distribution.event_shape:
-                raise NotImplementedError  # a joint distribution has no quantile function
-            distribution.icdf(distribution.cdf(torch.zeros(distribution.batch_shape)))
-        except NotImplementedError:
+        if not self.has_quantiles:
             raise ValueError(
                 f"{points} candidates need the quantile function of independent dimensions (cdf and icdf), which "
-                f"{type(distribution).__name__} does not define; use points='independent'."
-            ) from None
+                f"{type(self.distribution).__name__} does not define; use points='independent'."
+            )
 
 
 def get_source(source: str | Source | Distribution) -> Source:

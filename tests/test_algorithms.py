@@ -13,7 +13,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.utils import LinearSchedule
 from tiny import TINY
 from torch import Tensor
-from torch.distributions import Laplace, MultivariateNormal, Normal, StudentT
+from torch.distributions import Distribution, Laplace, MultivariateNormal, Normal, StudentT
 
 from sb3_rfm import DQS, QNE, QSM, RFM, posterior
 from sb3_rfm.actors import LATENT_BOUND
@@ -234,6 +234,16 @@ def test_the_first_observation_must_be_finite_too() -> None:
         RFM("MlpPolicy", Broken(), **TINY).learn(5)
 
 
+def test_each_state_asks_one_of_the_critics_about_its_candidates() -> None:
+    """So that an average over the batch is one over the critics; three of them do not divide seven states."""
+    model = RFM("MlpPolicy", Spring(), **TINY | {"policy_kwargs": {"net_arch": [8], "n_critics": 3}})
+    encoded = model.critic.encode(model.critic.features(th.randn(7, 2)))
+    actions = 2 * th.rand(7, 4, 2) - 1
+    asked = th.tensor([0, 0, 0, 1, 1, 2, 2])
+    expected = model.critic.q_values(encoded, actions)[asked, th.arange(7)]
+    th.testing.assert_close(model.critic.split_q(encoded, actions), expected)
+
+
 # Source
 
 
@@ -262,6 +272,11 @@ def test_every_draw_of_noise_comes_from_the_source(monkeypatch: pytest.MonkeyPat
         assert stats.kstest(noise.numpy(), stats.laplace(0.5).cdf).pvalue > 1e-4, name
         assert stats.kstest(noise.numpy(), stats.norm.cdf).pvalue < 1e-6, name
     assert model.estimator.source.score(th.tensor([[3.0, -3.0]])).tolist() == [[-1.0, 1.0]]
+
+
+@pytest.mark.parametrize(("source", "points"), [(Laplace(0.0, 1.0), "antithetic"), (StudentT(5.0), "independent")], ids=str)
+def test_candidates_are_antithetic_where_the_source_has_quantiles(source: Distribution, points: str) -> None:
+    assert RFM("MlpPolicy", Spring(), **TINY, source=source).learn(30).estimator.points == points
 
 
 def test_the_gaussian_by_any_name_learns_the_same() -> None:

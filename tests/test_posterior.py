@@ -356,6 +356,19 @@ def test_antithetic_and_sobol_candidates_are_spread_evenly() -> None:
     assert not torch.allclose(sobol[0], sobol[1])
 
 
+@pytest.mark.parametrize("n_candidates", [1, 2, 4, 6, 7, 8])
+def test_antithetic_pairs_lie_on_both_sides_of_their_own_centre(n_candidates: int) -> None:
+    """With a guess there are two centres: half of the pairs, rounded down, belong to the guess."""
+    x_t, t, guess = normal(5, 3), times(0.6, 5), 3 + normal(5, 3, seed=1)
+    estimator = PosteriorMeanEstimator(n_candidates=n_candidates, points="antithetic", data_scale=1.0)
+    x_1 = (x_t[:, None] - 0.4 * estimator.draw(x_t, t, guess=guess).x_0) / 0.6
+    pairs = x_1[:, : n_candidates // 2 * 2].unflatten(1, (-1, 2)).mean(2)
+    n_near = n_candidates // 4
+    broad = 0.6 * x_t / (0.6**2 + 0.4**2)  # posterior mean of a standard Gaussian target
+    torch.testing.assert_close(pairs[:, :n_near], guess[:, None].expand(5, n_near, 3))
+    torch.testing.assert_close(pairs[:, n_near:], broad[:, None].expand_as(pairs[:, n_near:]))
+
+
 # The rule behind coefficient="optimal"
 
 

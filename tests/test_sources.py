@@ -67,6 +67,14 @@ def test_quantiles(source: Source) -> None:
     torch.testing.assert_close(source.opposite(x), source.from_uniform(1 - u))
 
 
+def test_opposites_of_the_farthest_draws_are_finite() -> None:
+    """In single precision the quantile of a far draw is 0 or 1."""
+    far = torch.tensor([[-30.0, -8.0, 8.0, 30.0]])
+    for source in (SOURCES[0], SOURCES[1]):
+        opposite = source.opposite(far)
+        assert torch.isfinite(opposite).all() and (opposite.sign() == -far.sign()).all()
+
+
 def test_samples_follow_the_generator_and_leave_the_global_one_alone() -> None:
     source = DistributionSource(Laplace(0.0, 1.0))
     like = torch.zeros(1)
@@ -106,6 +114,7 @@ def test_bad_sources_are_named() -> None:
         get_source(Normal(torch.zeros(2, 3), 1.0))
     with pytest.raises(ValueError, match="dimension 2"):
         DistributionSource(CORRELATED).sample((4, 3), torch.zeros(1))
+    assert not DistributionSource(CORRELATED).has_quantiles and not DistributionSource(StudentT(3.0)).has_quantiles
     with pytest.raises(ValueError, match="quantile"):
         DistributionSource(CORRELATED).opposite(torch.zeros(1, 2))
     with pytest.raises(ValueError, match="StudentT"):
