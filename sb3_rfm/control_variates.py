@@ -56,7 +56,7 @@ def fit_diagonal(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
 
 
 def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, upper: float = 1.0) -> Tensor:
-    """The scalar behind ``coefficient="optimal"``: the smallest of three that each err in another way.
+    """The diagonal behind ``coefficient="optimal"``: the smallest of three that each err in another way.
 
     1. The fit with the candidates' weights, shrunk: right where many candidates count, and noise where one or two do.
     2. The fit with equal weights, an ordinary regression of ``f`` on ``s`` over all candidates, shrunk likewise. It is small
@@ -75,7 +75,7 @@ def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, up
     :param stein: ``s``, (B, K, D), with mean zero under the target
     :param valid: Candidates with finite density and score, (B, K)
     :param upper: The coefficient that leaves nothing but gradients; 1 in noise coordinates with a standard Gaussian source
-    :return: ``c``, (B,)
+    :return: ``c``, (B, D)
     """
     equal = valid / valid.sum(1, keepdim=True).clamp(min=1)
     fitted = torch.minimum(_shrink(weights, values, stein, upper), _shrink(equal, values, stein, upper))
@@ -84,30 +84,48 @@ def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, up
     # Leaving out candidate k moves the mean by W_k / (1 - W_k) times its distance. At W_k = 1 the distance is zero as well.
     influence = weights / (1 - weights).clamp(min=torch.finfo(weights.dtype).eps)
     length = ((weights + influence.square()) * distance).sum(1).sqrt()
-    return torch.minimum(fitted, length / _positive(weighted_mean(weights, stein).square().sum(-1).sqrt()))
+    correction = (fitted * weighted_mean(weights, stein)).square().sum(-1).sqrt()
+    return fitted * torch.nan_to_num(length / _positive(correction), nan=0.0).clamp(max=1).unsqueeze(1)
 
 
 def _shrink(weights: Tensor, values: Tensor, stein: Tensor, upper: float) -> Tensor:
-    """:func:`fit_scalar` within [0, upper], shrunk by its own uncertainty.
+    """:func:`fit_scalar`, and then :func:`fit_diagonal` to what it leaves, within [0, upper], each shrunk by its uncertainty.
+
+    Of the degrees of freedom, each effective candidate but the first brings one for each dimension, and each slope takes one;
+    that which all dimensions have in common is already taken when they get one each. Candidates enter by ``W^2``, so their
+    effective number is that of squared weights; two always count, the heaviest and the next.
+    """
+    squared, dim = weights.square(), values.shape[-1]
+    covariance, variance = _second_moments(weights, values, stein)
+    spread, _ = _second_moments(weights, values, values)
+    n_effective = squared.sum(1, keepdim=True).square() / _positive(squared.square().sum(1, keepdim=True))
+    n_free = (n_effective - 1).clamp(min=1)
+
+    sums = (moment.sum(-1, keepdim=True) for moment in (covariance, variance, spread))
+    common = -_shrunk_slope(*sums, dim * n_free - 1).clamp(-upper, 0.0)
+    # Moments of f + common * s. A perfect fit to two candidates proves nothing, hence the last factor.
+    left = spread + 2 * common * covariance + common.square() * variance
+    freedom = (dim - 1) / dim * (n_free - 1)
+    own = -_shrunk_slope(covariance + common * variance, variance, left, freedom) * freedom / (1 + freedom)
+    return (common + own).clamp(0.0, upper)
+
+
+def _shrunk_slope(covariance: Tensor, variance: Tensor, spread: Tensor, freedom: Tensor) -> Tensor:
+    """Slope of a regression of ``f`` on ``s``, shrunk by its own uncertainty.
 
     A regression with coefficient of determination ``R^2`` and ``nu`` degrees of freedom knows its slope to a relative squared
-    error of ``(1 - R^2) / (R^2 nu)``; the slope of least expected squared error is the fitted one over one plus that. Of the
-    degrees of freedom, each effective candidate but the first brings one for each dimension, and the slope takes one.
-    Candidates enter by ``W^2``, so their effective number is that of squared weights; two always count, the heaviest and the
-    next.
+    error of ``(1 - R^2) / (R^2 nu)``; the slope of least expected squared error is the fitted one over one plus that.
+
+    :param covariance: Of ``f`` and ``s``
+    :param variance: Of ``s``
+    :param spread: Variance of ``f``
+    :param freedom: ``nu``
     """
-    squared = weights.square()
-    values = values - weighted_mean(weights, values).unsqueeze(1)
-    stein = stein - weighted_mean(weights, stein).unsqueeze(1)
-    covariance = (squared * (values * stein).sum(-1)).sum(1)
-    variance = (squared * stein.square().sum(-1)).sum(1)
     # The ratio of one root at a time: the product of both variances may overflow.
-    correlation = _ratio(covariance, variance.sqrt()) / _positive((squared * values.square().sum(-1)).sum(1)).sqrt()
+    correlation = _ratio(_ratio(covariance, variance.sqrt()), spread.sqrt())
     determination = correlation.square().clamp(max=1)
-    n_effective = squared.sum(1).square() / _positive(squared.square().sum(1))
-    freedom = (values.shape[-1] * (n_effective - 1).clamp(min=1) - 1).clamp(min=1e-3)
-    shrinkage = determination / _positive(determination + (1 - determination) / freedom)
-    return shrinkage * _ratio(-covariance, variance).clamp(0.0, upper)
+    shrinkage = determination / _positive(determination + (1 - determination) / freedom.clamp(min=1e-3))
+    return shrinkage * _ratio(covariance, variance)
 
 
 def _second_moments(weights: Tensor, values: Tensor, stein: Tensor) -> tuple[Tensor, Tensor]:

@@ -258,7 +258,7 @@ class PosteriorMeanEstimator:
         n_batch, _, dim = values.shape
         weights, stein = average.weights, average.stein
         if self.coefficient == "optimal":
-            return fit_robust(weights, values, stein, average.valid, upper).unsqueeze(1).expand(n_batch, dim)
+            return fit_robust(weights, values, stein, average.valid, upper)
         if self.coefficient == "scalar":
             return fit_scalar(weights, values, stein).unsqueeze(1).expand(n_batch, dim)
         if self.coefficient == "diagonal":

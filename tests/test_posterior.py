@@ -399,7 +399,21 @@ def test_the_robust_fit_is_bounded_and_its_correction_no_longer_than_the_spread(
     assert (fit_scalar(weights, values, stein) > 1 - 1e-6).all()
     c = fit_robust(weights, values, stein, valid)
     assert ((c >= 0) & (c <= 0.2)).all()
-    assert (c * weighted_mean(weights, stein).norm(dim=-1) < 12).all()
+    assert ((c * weighted_mean(weights, stein)).norm(dim=-1) < 12).all()
+
+
+def test_the_robust_fit_tells_dimensions_apart() -> None:
+    """A Gaussian of condition 100 along the axes has another exact coefficient in each dimension."""
+    precision = torch.logspace(0, 2, 4, dtype=torch.float64)
+    x_t, t = 0.9 * normal(200, 4) / precision.sqrt() + 0.1 * normal(200, 4, seed=1), times(0.9, 200)
+    truth = 0.9 * x_t / (0.9**2 + precision * 0.1**2)
+
+    def error(coefficient: str) -> float:
+        estimator = PosteriorMeanEstimator("cond_ot", 32, coefficient)
+        result = estimator(lambda x: -0.5 * (precision * x.square()).sum(-1), x_t, t, torch.Generator().manual_seed(0))
+        return float((result.x1 - truth).square().sum(-1).mean())
+
+    assert error("optimal") < 0.1 * error("scalar")
 
 
 def saturating(u: Tensor) -> Tensor:
