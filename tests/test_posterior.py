@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, MultivariateNormal, Normal, StudentT
 
-from sb3_rfm.candidates import Candidates
+from sb3_rfm.candidates import Candidates, PointSet
 from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, weighted_mean
 from sb3_rfm.monte_carlo import MCMC, SMC
 from sb3_rfm.paths import PATHS, get_path
@@ -143,10 +143,11 @@ def test_all_candidates_share_it_as_well(kwargs: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 3.0])
 @pytest.mark.parametrize("spread", [0.3, 1.0])
-def test_a_guess_good_or_bad_moves_no_expectation(offset: float, spread: float) -> None:
+@pytest.mark.parametrize("points", ["independent", "antithetic", "sobol"])
+def test_a_guess_good_or_bad_moves_no_expectation(offset: float, spread: float, points: PointSet) -> None:
     x_t, t = torch.tensor([[0.3, -0.4]], dtype=torch.float64).expand(200, 2), times(0.3, 200)
     truth = MIXTURE.data_mean(x_t[:1], 0.3, 0.7)
-    estimator = PosteriorMeanEstimator("cond_ot", 1500, 0.0, data_scale=1.0, guess_spread=spread)
+    estimator = PosteriorMeanEstimator("cond_ot", 1500, 0.0, data_scale=1.0, guess_spread=spread, points=points)
     result = estimator(MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(2), guess=(truth + offset).expand(200, 2))
     assert (z_scores(result.x1 - truth).abs() < 4.5).all()
 
