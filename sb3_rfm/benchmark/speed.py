@@ -240,9 +240,9 @@ def plot(result: Measurements) -> Figure:
 
 
 def write(out: Path, result: Measurements) -> None:
-    """Write ``speed.json``, ``speed.md`` and ``speed.png``."""
+    """Write ``speed.json``, ``speed.txt`` (a Markdown table) and ``speed.png``."""
     out.mkdir(parents=True, exist_ok=True)
     content = {"first_update": result.first_update, "rounds": result.rounds, "summary": result.summary()}
     write_json(out / "speed.json", result.setup | content)
-    (out / "speed.md").write_text(markdown(result), encoding="utf-8")
+    (out / "speed.txt").write_text(markdown(result), encoding="utf-8")
     plot(result).savefig(out / "speed.png", dpi=150)
