@@ -118,7 +118,7 @@ def train(target: Target, coefficient: float | str, n_updates: int, batch_size: 
     The points ``x_t`` come from a broad distribution that covers the target; the regression's optimum does not depend on it.
     """
     spread = float(target.samples.std())  # the width of the target: all that is told to the estimator beside log_prob
-    estimator = PosteriorMeanEstimator("cond_ot", n_candidates, coefficient, data_scale=1.5 * spread)
+    estimator = PosteriorMeanEstimator("cond_ot", n_candidates, coefficient, data_scale=1.5 * spread, points="sobol")
     loss_fn = ReverseFlowMatchingLoss(estimator, "data")
     model = DataMean(spread)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
