@@ -101,8 +101,8 @@ def _shrink(weights: Tensor, values: Tensor, stein: Tensor, upper: float) -> Ten
     n_effective = squared.sum(1, keepdim=True).square() / _positive(squared.square().sum(1, keepdim=True))
     n_free = (n_effective - 1).clamp(min=1)
 
-    sums = (moment.sum(-1, keepdim=True) for moment in (covariance, variance, spread))
-    common = -_shrunk_slope(*sums, dim * n_free - 1).clamp(-upper, 0.0)
+    sums = [moment.sum(-1, keepdim=True) for moment in (covariance, variance, spread)]
+    common = -_shrunk_slope(sums[0], sums[1], sums[2], dim * n_free - 1).clamp(-upper, 0.0)
     # Moments of f + common * s. A perfect fit to two candidates proves nothing, hence the last factor.
     left = spread + 2 * common * covariance + common.square() * variance
     freedom = (dim - 1) / dim * (n_free - 1)
