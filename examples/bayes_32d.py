@@ -8,8 +8,8 @@
 Logistic regression with 32 coefficients, a standard Gaussian prior and 200 observations. The flow sees nothing but the
 unnormalised posterior. For each coefficient of the control variate the same flow is trained, and its samples are compared
 with a long run of Hamiltonian Monte Carlo: by the error of the means in units of the posterior's standard deviations, by
-the mean ratio of standard deviations, by the Wasserstein-2 distance and the maximum mean discrepancy (MMD), and by the effective
-sample size (ESS) of the samples reweighted to the posterior, as a share of their number.
+the mean ratio of standard deviations, by the Wasserstein-2 distance and the maximum mean discrepancy (MMD), and by the
+effective sample size (ESS) of the samples reweighted to the posterior, as a share of their number.
 
 Sources: Gelman et al., Bayesian Data Analysis, chapter 16, for the model; Neal, MCMC using Hamiltonian dynamics
 (arXiv 1206.1901), for the reference.
@@ -169,7 +169,7 @@ def plot(file: Path, flows: dict[str, tuple[Tensor, Tensor]], truth: Tensor) -> 
         panel.legend(fontsize=7, markerscale=2)
     label, (_, trajectories) = list(flows.items())[-1]
     axes[3].plot(torch.linspace(T_MIN, 1 - T_MIN, len(trajectories)), trajectories[:, :60, i], color="C2", linewidth=0.4)
-    axes[3].set(title=f"trajectories of coefficient {i}, {label}", xlabel="t")
+    axes[3].set(title=f"trajectories, {label}", ylabel=f"coefficient {i}", xlabel="t")
     figure.savefig(file, dpi=130)
     plt.close(figure)
 
