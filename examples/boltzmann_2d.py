@@ -2,7 +2,7 @@
 
 .. code-block:: bash
 
-    python examples/boltzmann_2d.py                        # both densities, about two minutes on two cores
+    python examples/boltzmann_2d.py                        # both densities, two to three minutes on two cores
     python examples/boltzmann_2d.py --densities moons --updates 500
 
 Nothing but the unnormalised log-density is used in training. For each coefficient of the control variate (0: noise, 1:
