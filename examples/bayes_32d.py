@@ -16,7 +16,6 @@ Sources: Gelman et al., Bayesian Data Analysis, chapter 16, for the model; Neal,
 """
 
 import argparse
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,17 +23,19 @@ from typing import Any
 
 import matplotlib
 import torch
+from sampling import T_MIN, train
 from torch import Tensor, nn
 
+from sb3_rfm.benchmark.estimator import write_csv
 from sb3_rfm.benchmark.sample_quality import effective_share, squared_mmd, wasserstein_2
-from sb3_rfm.posterior import PosteriorMeanEstimator, ReverseFlowMatchingLoss
+from sb3_rfm.posterior import PosteriorMeanEstimator
 from sb3_rfm.samplers import time_grid
 
 matplotlib.use("Agg")  # pictures go to files, with or without a display
 import matplotlib.pyplot as plt
 
 COEFFICIENTS: dict[str, float | str] = {"noise": 0.0, "gradient": 1.0, "optimal": "optimal"}
-DIM, T_MIN = 32, 0.01
+DIM = 32
 
 
 class LogisticRegression:
@@ -89,26 +90,11 @@ class DataMean(nn.Module):
         return 4 * torch.tanh((offset + gain * x_t) / 4)
 
 
-def train(
-    target: LogisticRegression, coefficient: float | str, n_updates: int, batch_size: int = 256, n_candidates: int = 32
-) -> DataMean:
-    """Regress the network on posterior-mean estimates, half of whose candidates are near the network's own prediction."""
-    estimator = PosteriorMeanEstimator("cond_ot", n_candidates, coefficient, data_scale=1.0)
-    loss_fn = ReverseFlowMatchingLoss(estimator, "data")
+def fit(target: LogisticRegression, coefficient: float | str, n_updates: int) -> DataMean:
+    """Train a flow on points of the prior."""
     model = DataMean()
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_updates)
-    for _ in range(n_updates):
-        t = T_MIN + (1 - 2 * T_MIN) * torch.rand(batch_size)
-        x_t = estimator.path.interpolate(torch.randn(batch_size, DIM), torch.randn(batch_size, DIM), t)
-        with torch.no_grad():
-            guess = model(x_t, t)
-        loss, _ = loss_fn(model, target.log_prob, x_t, t, guess=guess)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        schedule.step()
+    estimator = PosteriorMeanEstimator("cond_ot", 32, coefficient, data_scale=1.0)
+    train(model, estimator, target.log_prob, lambda n: torch.randn(n, DIM), n_updates, 2e-3)
     return model
 
 
@@ -196,17 +182,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     flows = {}
     for label, coefficient in COEFFICIENTS.items():
         torch.manual_seed(args.seed)
-        model = train(target, coefficient, args.updates)
+        model = fit(target, coefficient, args.updates)
         samples, log_q, trajectories = sample(model, args.samples)
         flows[label] = (samples, trajectories)
         rows.append({"coefficient": label} | assess(target, samples, log_q, truth))
     for row in rows:
         print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v:9}" for k, v in row.items()), flush=True)
     plot(args.runs / "bayes_32d.png", flows, truth)
-    with (args.runs / "bayes_32d.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_csv(args.runs / "bayes_32d.csv", rows)
     print(f"Written: {args.runs}/bayes_32d.png and bayes_32d.csv")
     return rows
 

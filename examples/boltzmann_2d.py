@@ -14,7 +14,6 @@ Source: Midgley et al., Flow annealed importance sampling bootstrap (arXiv 2208.
 """
 
 import argparse
-import csv
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -24,17 +23,18 @@ from typing import Any
 
 import matplotlib
 import torch
+from sampling import T_MIN, train
 from torch import Tensor, nn
 
+from sb3_rfm.benchmark.estimator import write_csv
 from sb3_rfm.benchmark.sample_quality import effective_share, squared_mmd, wasserstein_2
-from sb3_rfm.posterior import PosteriorMeanEstimator, ReverseFlowMatchingLoss
+from sb3_rfm.posterior import PosteriorMeanEstimator
 from sb3_rfm.samplers import time_grid
 
 matplotlib.use("Agg")  # pictures go to files, with or without a display
 import matplotlib.pyplot as plt
 
 COEFFICIENTS: dict[str, float | str] = {"noise": 0.0, "gradient": 1.0, "optimal": "optimal"}
-T_MIN = 0.01
 
 
 @dataclass
@@ -112,29 +112,12 @@ class DataMean(nn.Module):
         return (self(x_t, torch.full((len(x_t),), t)) - x_t) / (1 - t)
 
 
-def train(target: Target, coefficient: float | str, n_updates: int, batch_size: int = 256, n_candidates: int = 64) -> DataMean:
-    """Regress the network on the posterior-mean estimates.
-
-    The points ``x_t`` come from a broad distribution that covers the target; the regression's optimum does not depend on it.
-    """
-    spread = float(target.samples.std())  # the width of the target: all that is told to the estimator beside log_prob
-    estimator = PosteriorMeanEstimator("cond_ot", n_candidates, coefficient, data_scale=1.5 * spread, points="sobol")
-    loss_fn = ReverseFlowMatchingLoss(estimator, "data")
+def fit(target: Target, coefficient: float | str, n_updates: int) -> DataMean:
+    """Train a flow on points that cover the target; of the target, its width is told beside the log-density."""
+    spread = float(target.samples.std())
     model = DataMean(spread)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_updates)
-    for _ in range(n_updates):
-        t = T_MIN + (1 - 2 * T_MIN) * torch.rand(batch_size)
-        x_1 = 1.8 * spread * (2 * torch.rand(batch_size, 2) - 1)
-        x_t = estimator.path.interpolate(torch.randn(batch_size, 2), x_1, t)
-        with torch.no_grad():
-            guess = model(x_t, t)
-        loss, _ = loss_fn(model, target.log_prob, x_t, t, guess=guess)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        schedule.step()
+    estimator = PosteriorMeanEstimator("cond_ot", 64, coefficient, data_scale=1.5 * spread, points="sobol")
+    train(model, estimator, target.log_prob, lambda n: 1.8 * spread * (2 * torch.rand(n, 2) - 1), n_updates, 3e-3)
     return model
 
 
@@ -225,16 +208,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         target, flows = TARGETS[name](), {}
         for label, coefficient in COEFFICIENTS.items():
             torch.manual_seed(args.seed)
-            model = train(target, coefficient, args.updates or target.n_updates)
+            model = fit(target, coefficient, args.updates or target.n_updates)
             samples, log_q, trajectories = sample(model, args.samples)
             flows[label] = (samples, trajectories)
             rows.append({"density": name, "coefficient": label} | assess(target, samples, log_q))
             print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v:11}" for k, v in rows[-1].items()), flush=True)
         plot(args.runs / f"boltzmann_2d_{name}.png", name, target, flows)
-    with (args.runs / "boltzmann_2d.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_csv(args.runs / "boltzmann_2d.csv", rows)
     print(f"Written: {args.runs}/boltzmann_2d*.png and boltzmann_2d.csv")
     return rows
 

@@ -42,7 +42,7 @@ def fit_scalar(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
     :param stein: ``s``, (B, K, D), with mean zero under the target
     :return: ``c``, (B,); 0 where the candidates carry no information about it
     """
-    covariance, variance = _second_moments(weights, values, stein)
+    covariance, variance, _ = _second_moments(weights, values, stein)
     return _ratio(-covariance.sum(-1), variance.sum(-1))
 
 
@@ -51,7 +51,7 @@ def fit_diagonal(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
 
     :return: ``c``, (B, D)
     """
-    covariance, variance = _second_moments(weights, values, stein)
+    covariance, variance, _ = _second_moments(weights, values, stein)
     return _ratio(-covariance, variance)
 
 
@@ -96,22 +96,22 @@ def _shrink(weights: Tensor, values: Tensor, stein: Tensor, upper: float) -> Ten
     effective number is that of squared weights; two always count, the heaviest and the next.
     """
     squared, dim = weights.square(), values.shape[-1]
-    covariance, variance = _second_moments(weights, values, stein)
-    spread, _ = _second_moments(weights, values, values)
+    covariance, variance, spread = _second_moments(weights, values, stein)
     n_effective = squared.sum(1, keepdim=True).square() / _positive(squared.square().sum(1, keepdim=True))
     n_free = (n_effective - 1).clamp(min=1)
 
-    sums = [moment.sum(-1, keepdim=True) for moment in (covariance, variance, spread)]
-    common = -_shrunk_slope(sums[0], sums[1], sums[2], dim * n_free - 1).clamp(-upper, 0.0)
-    # Moments of f + common * s. A perfect fit to two candidates proves nothing, hence the last factor.
-    left = spread + 2 * common * covariance + common.square() * variance
+    common = _shrunk_coefficient(
+        covariance.sum(-1, keepdim=True), variance.sum(-1, keepdim=True), spread.sum(-1, keepdim=True), dim * n_free - 1
+    ).clamp(0.0, upper)
+    # The same moments of f + common * s. A perfect fit to two candidates proves nothing, hence the last factor.
+    covariance, spread = covariance + common * variance, spread + 2 * common * covariance + common.square() * variance
     freedom = (dim - 1) / dim * (n_free - 1)
-    own = -_shrunk_slope(covariance + common * variance, variance, left, freedom) * freedom / (1 + freedom)
+    own = _shrunk_coefficient(covariance, variance, spread, freedom) * freedom / (1 + freedom)
     return (common + own).clamp(0.0, upper)
 
 
-def _shrunk_slope(covariance: Tensor, variance: Tensor, spread: Tensor, freedom: Tensor) -> Tensor:
-    """Slope of a regression of ``f`` on ``s``, shrunk by its own uncertainty.
+def _shrunk_coefficient(covariance: Tensor, variance: Tensor, spread: Tensor, freedom: Tensor) -> Tensor:
+    """Coefficient of least variance, minus the slope of a regression of ``f`` on ``s``, shrunk by its own uncertainty.
 
     A regression with coefficient of determination ``R^2`` and ``nu`` degrees of freedom knows its slope to a relative squared
     error of ``(1 - R^2) / (R^2 nu)``; the slope of least expected squared error is the fitted one over one plus that.
@@ -125,15 +125,15 @@ def _shrunk_slope(covariance: Tensor, variance: Tensor, spread: Tensor, freedom:
     correlation = _ratio(_ratio(covariance, variance.sqrt()), spread.sqrt())
     determination = correlation.square().clamp(max=1)
     shrinkage = determination / _positive(determination + (1 - determination) / freedom.clamp(min=1e-3))
-    return shrinkage * _ratio(covariance, variance)
+    return shrinkage * _ratio(-covariance, variance)
 
 
-def _second_moments(weights: Tensor, values: Tensor, stein: Tensor) -> tuple[Tensor, Tensor]:
-    """Covariance of ``f`` and ``s``, and variance of ``s``, under squared weights, each (B, D)."""
+def _second_moments(weights: Tensor, values: Tensor, stein: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Covariance of ``f`` and ``s``, variance of ``s`` and variance of ``f``, under squared weights, each (B, D)."""
     squared = weights.square().unsqueeze(-1)
     values = values - weighted_mean(weights, values).unsqueeze(1)
     stein = stein - weighted_mean(weights, stein).unsqueeze(1)
-    return (squared * values * stein).sum(1), (squared * stein.square()).sum(1)
+    return (squared * values * stein).sum(1), (squared * stein.square()).sum(1), (squared * values.square()).sum(1)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ class DistributionSource(Source):
         if support.is_discrete or not bool(support.check(far).all()):
             raise ValueError(f"A source covers all of R^D, but {type(distribution).__name__} has the support {support}.")
         self.distribution = distribution
+        self.has_quantiles = _has_quantiles(distribution)
         try:
             mean, variance = distribution.mean, float(distribution.variance.mean())
         except NotImplementedError:
@@ -140,16 +141,6 @@ class DistributionSource(Source):
             (score,) = torch.autograd.grad(self.log_prob(x).sum(), x)
         return score
 
-    @property
-    def has_quantiles(self) -> bool:  # type: ignore[override]
-        if self.distribution.event_shape:
-            return False  # a joint distribution has no quantile function
-        try:
-            self.distribution.icdf(self.distribution.cdf(torch.zeros(self.distribution.batch_shape)))
-        except NotImplementedError:
-            return False
-        return True
-
     def opposite(self, x: Tensor) -> Tensor:
         self._check_quantiles("Antithetic")
         margin = torch.finfo(x.dtype).eps  # quantiles 0 and 1 are infinite
@@ -165,6 +156,17 @@ class DistributionSource(Source):
                 f"{points} candidates need the quantile function of independent dimensions (cdf and icdf), which "
                 f"{type(self.distribution).__name__} does not define; use points='independent'."
             )
+
+
+def _has_quantiles(distribution: Distribution) -> bool:
+    """Whether the dimensions are independent, and cdf and icdf known."""
+    if distribution.event_shape:
+        return False
+    try:
+        distribution.icdf(distribution.cdf(torch.zeros(distribution.batch_shape)))
+    except NotImplementedError:
+        return False
+    return True
 
 
 def get_source(source: str | Source | Distribution) -> Source:
