@@ -3,8 +3,8 @@
 The mathematics of the package is written once, as plain functions of tensors. This module decides how they are executed:
 
 - ``"eager"``: as written;
-- ``"compile"``: by ``torch.compile``;
-- ``"cuda_graph"``: by ``torch.compile`` with CUDA graphs (a GPU is needed);
+- ``"compile"``: traced as a graph (:mod:`sb3_rfm.compilation`) and compiled, on the CPU to a library that is kept on disk;
+- ``"cuda_graph"``: the same by ``torch.compile`` with CUDA graphs (a GPU is needed);
 - ``"auto"``: compiled, on the GPU with graphs, where a compiler is at hand and the run is long enough to repay it;
   else eager.
 
@@ -13,28 +13,30 @@ eager generators in every mode, so that all modes see the same noise.
 """
 
 import ctypes
-import importlib
+import operator
 import shutil
 import sys
-import types
+import time
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sb3_rfm.compilation import load_library, trace
 
 ExecutionMode = Literal["auto", "eager", "compile", "cuda_graph"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 MIN_UPDATES_TO_COMPILE = 2_000
 """With ``"auto"``: compiling takes about as long as this many eager updates save."""
 
-CPU_LOOPS = {"unroll_reductions_threshold": 17, "cpp.min_chunk_size": 16384}
-"""Averages over a few candidates are written out: as loops, the compiler starts a parallel region for each state. And
-threads share a loop only where each gets this many elements."""
+MAX_SHAPES = 8
+"""Shapes of arguments for which a function is compiled; others run as written."""
 
 
 def check_execution(execution: str, precision: str) -> None:
@@ -49,7 +51,7 @@ def check_execution(execution: str, precision: str) -> None:
 
 
 def has_compiler() -> bool:
-    """Whether ``torch.compile`` can build code for the CPU here."""
+    """Whether code for the CPU can be compiled here."""
     return any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl"))
 
 
@@ -100,63 +102,93 @@ class Executor:
     """Runs functions in one mode.
 
     :param mode: ``"eager"``, ``"compile"`` or ``"cuda_graph"``
+    :param report: Is told how long the compiler took
     """
 
-    def __init__(self, mode: Literal["eager", "compile", "cuda_graph"] = "eager") -> None:
+    def __init__(
+        self, mode: Literal["eager", "compile", "cuda_graph"] = "eager", report: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.mode = mode
+        self.report = report
 
-    def prepare(self, function: Callable[P, T]) -> Callable[P, T]:
-        """Make ``function`` run in this mode; it must be a function of tensors and of module state.
+    def prepare(self, function: Callable[..., T], module: nn.Module) -> Callable[..., T]:
+        """Make ``function`` run in this mode.
 
-        :param function: What to run
-        :return: A function with the same results
+        :param function: A function of tensors, and of parameters and buffers of ``module``; its results carry no gradients
+            once compiled, but may be gradients themselves
+        :param module: What it reads
+        :return: A function of positional arguments with the same results
         """
-        if self.mode == "eager":
-            return function
-        _load_compiler()
-        # The compiled code calls its kernels from C++, and does not check before each call that no module was exchanged.
-        options: dict[str, Any] = {"fallback_random": True, "cpp_wrapper": True, **CPU_LOOPS}
-        if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
-            options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        if self.mode == "cuda_graph":
-            options["triton.cudagraphs"] = True
-        compiled = torch.compile(_own_code(function), options=options, dynamic=False, fullgraph=True)
-        failed = False
-
-        def run(*args: P.args, **kwargs: P.kwargs) -> T:
-            nonlocal failed
-            if failed:
-                return function(*args, **kwargs)
-            try:
-                return compiled(*args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                failed = True
-                name, reason = getattr(function, "__name__", function), str(error).splitlines()[0]
-                warnings.warn(f"{name} could not be compiled and runs eagerly: {reason}", stacklevel=2)
-                return function(*args, **kwargs)
-
-        return run
+        return function if self.mode == "eager" else Compiled(function, module, self)
 
 
-def _own_code(function: Callable[P, T]) -> Callable[P, T]:
-    """The same function with a code object of its own.
+class Compiled(Generic[T]):
+    """A function that is compiled whenever it is called with arguments of a new shape.
 
-    Compiled code belongs to a code object, so that two models would share it: with no check of their modules, one would run
-    with the path, the sampler or the steps of the other.
+    A copy of it is the function as written, of the copied module.
+
+    :param function: See :meth:`Executor.prepare`
+    :param module: See :meth:`Executor.prepare`
+    :param executor: Says how it is compiled
     """
-    plain = getattr(function, "__func__", function)
-    copy = types.FunctionType(
-        plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
-    )
-    copy.__kwdefaults__ = plain.__kwdefaults__
-    return types.MethodType(copy, function.__self__) if hasattr(function, "__self__") else copy
+
+    def __init__(self, function: Callable[..., T], module: nn.Module, executor: Executor) -> None:
+        self.function = function
+        self.module = module
+        self.executor = executor
+        self.programs: dict[Any, _Program] = {}
+        self.failed = False
+
+    def __call__(self, *args: Any) -> T:
+        key = tuple((a.shape, a.dtype, a.requires_grad) if isinstance(a, Tensor) else a for a in args)
+        program = self.programs.get(key)
+        if program is not None and program.is_current():
+            return program(args)
+        if self.failed or (program is None and len(self.programs) >= MAX_SHAPES):
+            return self.function(*args)
+        name = getattr(self.function, "__name__", repr(self.function)).strip("_")
+        started = time.perf_counter()
+        try:
+            program = self.programs[key] = _Program(self.function, self.module, args, self.executor.mode == "cuda_graph")
+            result = program(args)
+        except Exception as error:
+            result = self.function(*args)  # raises what is the function's own
+            self.failed = True
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"{name} could not be compiled and runs eagerly: {reason}", stacklevel=2)
+            return result
+        self.executor.report(f"Compiled {name} in {time.perf_counter() - started:.0f} s.")
+        return result
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.function.__self__, self.function.__name__)  # type: ignore[attr-defined]
 
 
-def _load_compiler() -> None:
-    """Load the compiler, which takes seconds; only who compiles pays for it.
+class _Program:
+    """A compiled function for arguments of certain shapes."""
 
-    Deprecation warnings of its own modules, which some environment packages make visible, are not the user's.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        importlib.import_module("torch._inductor.compile_fx")
+    def __init__(self, function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], with_graphs: bool) -> None:
+        graph = trace(function, module, args)
+        self.locations, self.arguments, self.structure = graph.state, graph.arguments, graph.structure
+        self.state = self._read_state()
+        inputs = self._inputs(args)
+        if all(tensor.device.type == "cpu" for tensor in inputs):
+            self.run = load_library(graph.module, inputs)
+        else:
+            options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": with_graphs}
+            compiled = torch.compile(graph.module, options=options, dynamic=False, fullgraph=True)
+            self.run = lambda tensors: compiled(*tensors)
+
+    def is_current(self) -> bool:
+        """Whether the module's tensors are the same objects; another one may have changed what the function does."""
+        return all(map(operator.is_, self._read_state(), self.state))
+
+    def __call__(self, args: tuple[Any, ...]) -> Any:
+        with torch.no_grad():
+            return pytree.tree_unflatten(self.run(self._inputs(args)), self.structure)
+
+    def _read_state(self) -> list[Tensor]:
+        return [owner[key] for owner, key in self.locations]
+
+    def _inputs(self, args: tuple[Any, ...]) -> list[Tensor]:
+        return [tensor.contiguous() for tensor in (*self.state, *(args[i] for i in self.arguments))]

@@ -38,6 +38,7 @@ from sb3_rfm.arguments import (
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictBuffer, scalar_keys
 from sb3_rfm.execution import (
+    MIN_UPDATES_TO_COMPILE,
     ExecutionMode,
     Executor,
     Precision,
@@ -221,7 +222,8 @@ class FlowActorCritic(PersistentAlgorithm):
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
         self._reduced = resolve_precision(self.precision, self.device)
-        self._prepare_functions(Executor(resolve_mode(self.execution, self.device, n_updates=0)))
+        self._prepare_functions(Executor(resolve_mode(self.execution, self.device, n_updates=0), self._inform))
+        self._trained = self._trained_parameters()  # walking the modules in every update is not free
         self._polyak_tensors = (
             [p.data for p in self.critic.parameters()],
             [p.data for p in self.critic_target.parameters()],
@@ -232,17 +234,25 @@ class FlowActorCritic(PersistentAlgorithm):
     def _prepare_functions(self, executor: Executor) -> None:
         """Have the functions that take the time run by ``executor``."""
         self._executor = executor
-        self._run_loss = executor.prepare(self._loss)
-        self.policy.run_act = executor.prepare(self.policy.act)
+        self._run_gradients = executor.prepare(self._gradients, self.policy)
+        self.policy.run_act = executor.prepare(self.policy.act, self.policy)
+
+    def _inform(self, text: str) -> None:
+        """Tell the user something that is no warning."""
+        if self.verbose >= 1:
+            print(text)
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
         check_finite("observation", self._last_obs, NOT_LEARNED)
-        mode = resolve_mode(self.execution, self.device, self._expected_updates(total_timesteps))
+        n_updates = self._expected_updates(total_timesteps)
+        mode = resolve_mode(self.execution, self.device, n_updates)
+        if mode != self._executor.mode:
+            self._prepare_functions(Executor(mode, self._inform))
         if self.device.type == "cpu":
             keep_freed_memory()
-        if mode != self._executor.mode:
-            self._prepare_functions(Executor(mode))
+            if mode == "eager" and self.execution == "auto" and n_updates >= MIN_UPDATES_TO_COMPILE:
+                self._inform("No C++ compiler was found: updates run as written, several times slower than compiled.")
         return total_timesteps, callback
 
     def _expected_updates(self, total_timesteps: int) -> int:
@@ -282,7 +292,8 @@ class FlowActorCritic(PersistentAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
 
-        history: list[dict[str, Tensor]] = []
+        metrics: dict[str, Tensor] = {}
+        history: list[Tensor] = []
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
             update_reward_scale(self.policy, batch.rewards, self._temperature_fraction is not None)
@@ -292,8 +303,8 @@ class FlowActorCritic(PersistentAlgorithm):
             metrics["temperature"] = self.policy.temperature.clone()
             self._update_target_critic()
             self._n_updates += 1
-            history.append(metrics)
-        self._log(history)
+            history.append(th.stack(list(metrics.values())))  # a copy: CUDA graphs write the next results to the same memory
+        self._log(list(metrics), history)
 
     def _update_networks(self, batch: Any) -> dict[str, Tensor]:
         """One step of the critics, and one regression step of the flow."""
@@ -303,7 +314,7 @@ class FlowActorCritic(PersistentAlgorithm):
         with th.no_grad():
             next_actor_features = self.actor.features(batch.next_observations)
             next_critic_features = self.critic_target.features(batch.next_observations)
-        loss, metrics = self._run_loss(
+        metrics, gradients, feature_gradients = self._run_gradients(
             actor_features,
             critic_features,
             batch.actions,
@@ -312,10 +323,10 @@ class FlowActorCritic(PersistentAlgorithm):
             batch.rewards.flatten(),
             ((1 - batch.dones) * discounts).flatten(),
         )
-        self._step(loss)
+        self._step(gradients, _trainable(actor_features, critic_features), feature_gradients)
         return metrics
 
-    def _loss(
+    def _gradients(
         self,
         actor_features: Tensor,
         critic_features: Tensor,
@@ -324,15 +335,24 @@ class FlowActorCritic(PersistentAlgorithm):
         next_critic_features: Tensor,
         rewards: Tensor,
         discounts: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of the losses of critics and flow, which train no parameter in common: one call computes both, and one all
-        gradients. The parameters are those of :meth:`_critic_loss` and :meth:`_actor_loss`.
+    ) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+        """Gradients of the losses of critics and flow, which train no parameter in common: one backward pass serves both.
+
+        The parameters are those of :meth:`_critic_loss` and :meth:`_actor_loss`.
+
+        :return: Metrics, gradients of the networks' parameters, and those of the features that are trained
         """
         critic_loss, critic_metrics = self._critic_loss(
             critic_features, actions, next_actor_features, next_critic_features, rewards, discounts
         )
         actor_loss, actor_metrics = self._actor_loss(actor_features, critic_features.detach(), actions)
-        return critic_loss + actor_loss, critic_metrics | actor_metrics
+        parameters, features = self._trained_parameters(), _trainable(actor_features, critic_features)
+        gradients = th.autograd.grad(critic_loss + actor_loss, [*parameters, *features])
+        return critic_metrics | actor_metrics, [*gradients[: len(parameters)]], [*gradients[len(parameters) :]]
+
+    def _trained_parameters(self) -> list[Tensor]:
+        """What :meth:`_gradients` is about: the parameters of the networks behind the feature extractors."""
+        return [*self.actor.network.parameters(), *self.critic.q_networks.parameters()]
 
     def _critic_loss(
         self,
@@ -434,11 +454,20 @@ class FlowActorCritic(PersistentAlgorithm):
         if online_stats:
             th._foreach_copy_(target_stats, online_stats)
 
-    def _step(self, loss: Tensor) -> None:
+    def _step(self, gradients: list[Tensor], features: list[Tensor], feature_gradients: list[Tensor]) -> None:
+        """One step of both optimizers.
+
+        :param gradients: Of :meth:`_trained_parameters`
+        :param features: Trained features, whose gradients are carried on to their extractors
+        :param feature_gradients: Their gradients
+        """
         optimizers = (self.actor.optimizer, self.critic.optimizer)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if features:
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            th.autograd.backward(features, feature_gradients)
+        for parameter, gradient in zip(self._trained, gradients, strict=True):
+            parameter.grad = gradient
         for optimizer in optimizers:
             if self.max_grad_norm is not None:
                 for group in optimizer.param_groups:
@@ -447,12 +476,11 @@ class FlowActorCritic(PersistentAlgorithm):
 
     # Logging and persistence
 
-    def _log(self, history: list[dict[str, Tensor]]) -> None:
+    def _log(self, names: list[str], history: list[Tensor]) -> None:
         """Record the mean of each metric over the updates; one transfer from the device for all of them."""
         if not history:
             return
-        names = list(history[0])
-        values = th.stack([th.stack([metrics[name] for name in names]) for metrics in history]).mean(0).tolist()
+        values = th.stack(history).mean(0).tolist()
         for name, value in zip(names, values, strict=True):
             self.logger.record(f"train/{name}", value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -496,9 +524,14 @@ class FlowActorCritic(PersistentAlgorithm):
         return {"execution": self._executor.mode}  # "auto" chose it by the length of the whole run
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["actor", "critic", "critic_target", "_path", "_polyak_tensors"]
-        own += ["_executor", "_run_loss", "_reduced"]
+        own = ["actor", "critic", "critic_target", "_path", "_polyak_tensors", "_trained"]
+        own += ["_executor", "_run_gradients", "_reduced"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []
+
+
+def _trainable(*features: Tensor) -> list[Tensor]:
+    """The features whose extractors are trained."""
+    return [tensor for tensor in features if tensor.requires_grad]

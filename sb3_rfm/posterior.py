@@ -263,8 +263,9 @@ class PosteriorMeanEstimator:
             return fit_scalar(weights, values, stein).unsqueeze(1).expand(n_batch, dim)
         if self.coefficient == "diagonal":
             return fit_diagonal(weights, values, stein)
-        fixed = torch.as_tensor(self.coefficient, dtype=values.dtype, device=values.device)
-        return fixed.expand(n_batch, dim)
+        if isinstance(self.coefficient, float):
+            return torch.full_like(values[:, 0], self.coefficient)
+        return torch.tensor(self.coefficient, dtype=values.dtype, device=values.device).expand(n_batch, dim)
 
     def _score(self, average: "_Average", mean_0: Tensor, t: Tensor) -> Tensor:
         """``grad log p_t = E[grad log p0(x_0) | x_t] / sigma``, with its own control variate (reverse score matching).

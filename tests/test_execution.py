@@ -1,15 +1,20 @@
 """Choice of execution mode, and the fallback of what cannot be compiled."""
 
+import copy
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_rfm import DQS, QNE, QSM, RFM, execution
+from sb3_rfm import DQS, QNE, QSM, RFM, compilation, execution
 from sb3_rfm.execution import Executor, resolve_mode, resolve_precision
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.scales import update_reward_scale, update_temperature
@@ -42,11 +47,15 @@ def test_explicit_precision_is_kept() -> None:
     assert not resolve_precision("float32", CPU)
 
 
+def compiled(function: Callable[..., Any], module: nn.Module | None = None) -> Callable[..., Any]:
+    return Executor("compile").prepare(function, module or nn.Module())
+
+
 def test_what_cannot_be_compiled_runs_as_written() -> None:
     def awkward(x: torch.Tensor) -> torch.Tensor:
-        return x + len(str(x.tolist()))  # the compiler cannot look into the numbers of a tensor
+        return x + len(str(x.tolist()))  # a graph has no numbers that Python could look at
 
-    run = Executor("compile").prepare(awkward)
+    run = compiled(awkward)
     x = torch.arange(3.0)
     with pytest.warns(UserWarning, match="awkward could not be compiled"):
         first = run(x)
@@ -54,15 +63,69 @@ def test_what_cannot_be_compiled_runs_as_written() -> None:
     torch.testing.assert_close(run(x + 1), awkward(x + 1))
 
 
-class Scaled(torch.nn.Module):
-    """A module whose function depends on a plain attribute."""
+def test_a_compiler_that_fails_leaves_the_function_as_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SB3_RFM_CACHE", str(tmp_path))
+    monkeypatch.setattr(compilation, "COMPILER", (sys.executable, "-c", "raise SystemExit('no space left')"))
+    run = compiled(torch.sin)
+    with pytest.warns(UserWarning, match="sin could not be compiled and runs eagerly: no space left"):
+        assert run(torch.zeros(2)).tolist() == [0.0, 0.0]
+    assert not list(tmp_path.glob("*.pt2"))
+
+
+class Scaled(nn.Module):
+    """A module whose function depends on a plain attribute, on a parameter, on a buffer and on chance."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.factor = factor
+        self.weight = nn.Parameter(torch.tensor(5.0))
+        self.register_buffer("shift", torch.tensor(0.0))
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return self.factor * x
+    def apply(self, x: torch.Tensor) -> dict[str, Any]:  # type: ignore[override]
+        y = self.factor * self.weight * x + torch.rand(3) + self.shift
+        return {"y": y.detach(), "gradient": torch.autograd.grad(y.sum(), [self.weight])}
+
+
+def evaluate(run: Callable[..., dict[str, Any]], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    result = run(x)
+    return result["y"], result["gradient"][0]
+
+
+def test_compiled_functions_follow_their_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Parameters, buffers and gradients; other constants; copies; and no second compilation of the same graph."""
+    monkeypatch.setenv("SB3_RFM_CACHE", str(tmp_path))
+    x, module = torch.arange(3.0), Scaled(2.0)
+    run = compiled(module.apply, module)
+    before = torch.get_rng_state()
+    torch.testing.assert_close(evaluate(run, x), evaluate(module.apply, x))
+    (library,) = tmp_path.glob("*.pt2")
+    with torch.no_grad():
+        module.weight.fill_(7.0)
+    torch.testing.assert_close(evaluate(run, x), evaluate(module.apply, x))
+
+    torch.set_rng_state(before)
+    monkeypatch.setattr(compilation, "COMPILER", (sys.executable, "-c", "raise SystemExit('must not be needed')"))
+    again = Scaled(2.0)
+    torch.testing.assert_close(evaluate(compiled(again.apply, again), x), evaluate(again.apply, x))
+    module.shift = torch.tensor(1.0)  # another object: the graph is made anew, and is the same
+    torch.testing.assert_close(evaluate(run, x), evaluate(module.apply, x))
+    assert list(tmp_path.glob("*.pt2")) == [library]
+
+    twin = copy.deepcopy(run)
+    module.weight.data.fill_(0.0)
+    torch.testing.assert_close(evaluate(twin, x)[0], evaluate(run, x)[0] + 14.0 * x)
+
+    with pytest.warns(UserWarning, match="must not be needed"):  # another factor is another graph
+        other = Scaled(3.0)
+        torch.testing.assert_close(evaluate(compiled(other.apply, other), x), evaluate(other.apply, x))
+
+
+def test_tracing_draws_no_random_numbers() -> None:
+    module = Scaled(2.0)
+    before = torch.get_rng_state()
+    compilation.trace(module.apply, module, (torch.ones(3),))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_compiling_shows_no_deprecation_warnings_of_the_compiler() -> None:
@@ -71,16 +134,10 @@ def test_compiling_shows_no_deprecation_warnings_of_the_compiler() -> None:
 import warnings, torch
 from sb3_rfm.execution import Executor
 warnings.simplefilter("always", DeprecationWarning)
-assert Executor("compile").prepare(lambda x: 2 * x)(torch.ones(3)).sum() == 6
+assert Executor("compile").prepare(lambda x: 2 * x, torch.nn.Module())(torch.ones(3)).sum() == 6
 """
     result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert "DeprecationWarning" not in result.stderr
-
-
-def test_two_models_share_no_compiled_code() -> None:
-    x = torch.arange(3.0)
-    for factor in (2.0, 3.0):
-        torch.testing.assert_close(Executor("compile").prepare(Scaled(factor).apply)(x), factor * x)
+    assert "Warning" not in result.stderr
 
 
 def test_errors_of_the_function_are_not_swallowed() -> None:
@@ -89,7 +146,19 @@ def test_errors_of_the_function_are_not_swallowed() -> None:
 
     for mode in ("eager", "compile"):
         with pytest.raises(KeyError, match="the function's own"):
-            Executor(mode).prepare(failing)(torch.ones(2))
+            Executor(mode).prepare(failing, nn.Module())(torch.ones(2))
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return False
+
+    monkeypatch.setattr(execution, "has_compiler", lambda: False)
+    model = RFM("MlpPolicy", "Pendulum-v1", device="cpu", verbose=1)
+    model.learn(100_000, callback=Stop())
+    assert capsys.readouterr().out.count("No C++ compiler was found: updates run as written") == 1
+    assert model._executor.mode == "eager"
 
 
 class ForbidWaiting(TorchDispatchMode):
@@ -129,7 +198,7 @@ def test_the_host_waits_for_nothing_inside_an_update(algorithm: type[FlowActorCr
         (QSM, "float32", "auto", 1e-6),
     ],
 )
-def test_compiled_loss_has_the_eager_gradients(
+def test_compiled_gradients_are_the_eager_ones(
     algorithm: type[FlowActorCritic], precision: execution.Precision, temperature: float | str, tolerance: float
 ) -> None:
     """Both modes draw the same numbers, so what differs is rounding: a small part of the largest gradient.
@@ -150,16 +219,14 @@ def test_compiled_loss_has_the_eager_gradients(
     batch = model.replay_buffer.sample(32)  # type: ignore[union-attr]
     arguments = (batch.observations, batch.observations, batch.actions, batch.next_observations, batch.next_observations)
 
-    def gradients(function: Any) -> torch.Tensor:
+    def gradients(function: Callable[..., Any]) -> torch.Tensor:
         torch.manual_seed(1)
-        model.policy.zero_grad()
-        loss, _ = function(*arguments, batch.rewards.flatten(), torch.full((32,), 0.99))
-        loss.backward()
-        return torch.cat([p.grad.flatten() for p in model.policy.parameters() if p.grad is not None])
+        _, gradients, _ = function(*arguments, batch.rewards.flatten(), torch.full((32,), 0.99))
+        return torch.cat([gradient.flatten() for gradient in gradients])
 
-    eager = gradients(model._loss)
-    compiled = gradients(Executor("compile").prepare(model._loss))
-    torch.testing.assert_close(compiled, eager, rtol=0, atol=tolerance * float(eager.abs().max()))
+    eager = gradients(model._gradients)
+    fast = gradients(compiled(model._gradients, model.policy))
+    torch.testing.assert_close(fast, eager, rtol=0, atol=tolerance * float(eager.abs().max()))
 
 
 @pytest.mark.filterwarnings("error:.*could not be compiled")

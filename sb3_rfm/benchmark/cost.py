@@ -122,7 +122,6 @@ def measure(
             update = partial(model.train, 1, sizes.batch)
             times = [seconds_per_call(update, seconds / 2, device) for _ in range(conditions.rounds)]
             points.append(Point(name, value, times, flops, {precision: rates[precision, sizes.width] for precision in flops}))
-            torch.compiler.reset()  # what was compiled for this point is of no use to the next
     return points
 
 
