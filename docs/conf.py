@@ -10,7 +10,7 @@ release = sb3_rfm.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "results/**"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -104,6 +104,12 @@ def test_names_are_resolved_and_refused() -> None:
     assert get_tasks("walker-run", 7)[0].steps == 7
     assert get_setting("rfm:cold", {"temperature": 0.01}).arguments == {"temperature": 0.01}
     assert get_setting("qne:paper", {"n_candidates": 3}).arguments["n_candidates"] == 3
+    with pytest.raises(ValueError, match="Unknown suite or environment 'Pendulum-v9'"):
+        get_tasks("Pendulum-v9")
+    with pytest.raises(ValueError, match="sac has no argument n_particles;"):
+        get_setting("sac", {"tau": 0.01, "n_particles": 32})
+    with pytest.raises(ValueError, match="rfm has no argument seed;"):
+        get_setting("rfm", {"seed": 1})
     with pytest.raises(ValueError, match="Unknown setting 'rfm:cold'"):
         get_setting("rfm:cold", {})
     with pytest.raises(ValueError, match="Unknown algorithm 'ppo'"):
@@ -115,6 +121,20 @@ def test_plan_does_the_first_seed_of_everything_first() -> None:
     assert [spec.seed for spec in specs] == [0] * 4 + [1] * 4
     assert specs[0].arguments == {"tau": 0.1} and specs[1].arguments == {}
     assert len({spec.name for spec in specs}) == 8
+
+
+def test_baselines_have_their_own_choice_among_particles_or_that_of_rfm() -> None:
+    def particles(label: str) -> tuple[int | None, ...]:
+        setting = SETTINGS[label]
+        of_run = setting.arguments["n_particles"]
+        return of_run, setting.arguments.get("n_target_particles", 1), setting.evaluation_particles or of_run
+
+    assert particles("rfm:paper") == (32, 32, 32)
+    assert [particles(f"{algo}:paper") for algo in ("qne", "dqs", "qsm")] == [(1, 1, 32), (1, 1, 1), (1, 1, 1)]
+    for algo in ("qne", "dqs", "qsm"):
+        assert particles(f"{algo}:paper-particles") == particles("rfm:paper")
+        own, other = SETTINGS[f"{algo}:paper"].arguments, SETTINGS[f"{algo}:paper-particles"].arguments
+        assert {key for key in other if other[key] != own.get(key)} == {"n_particles", "n_target_particles"}
 
 
 # The results folder
@@ -171,8 +191,11 @@ def test_results_are_the_same_from_folders_and_from_tables(made_up: Path, tmp_pa
             np.testing.assert_allclose(again.at(50).final(task, algo), results.at(50).final(task, algo), rtol=1e-4)
     assert len(results.at(None).final("Pendulum-v1", "sac")) == 2, "the unfinished run is left out"
     assert len(results.at(50).final("Pendulum-v1", "sac")) == 3, "but not at a step that it has reached"
-    with pytest.raises(ValueError, match=r"No run is that far\. All 18 have reached step 50"):
+    with pytest.raises(ValueError, match=r"evaluation at step 70\. All that learn have reached --at-step 50"):
         results.at(70)
+    assert set(results.at(50).runs["steps"]) == {50}, "runs are described as they were"
+    early, late = results.at(50).runs, results.at(None).runs
+    assert (early["final_return"].mean(), early["wall_clock"].max()) < (late["final_return"].mean(), late["wall_clock"].max())
     assert results.of(["rfm", "sac"]).algos == ["rfm", "sac"]
     with pytest.raises(ValueError, match=r"no runs of \['tqc'\]"):
         results.of(["tqc"])
@@ -197,14 +220,14 @@ def test_report_writes_tables_pictures_and_one_page(made_up: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("runs", "said"),
     [
-        ([("rfm", "Pendulum-v1")], ["One seed only, hence no interval: Pendulum-v1 rfm.", "There is one algorithm"]),
+        ([("rfm", "Pendulum-v1")], ["One seed only: Pendulum-v1 rfm.", "There is one algorithm"]),
         (
             [("rfm", "Pendulum-v1"), ("sac", "Reacher-v5")],
-            ["Not every algorithm was run on every task: comparisons of all algorithms cannot be made"],
+            ["Not every algorithm was run on every task. No comparison over tasks can be made."],
         ),
         (
             [("rfm", "Pendulum-v1"), ("sac", "Pendulum-v1"), ("rfm", "Reacher-v5")],
-            ["comparisons of all algorithms are over Pendulum-v1 alone", "-1,600 and 0 in Pendulum-v1"],
+            ["What is over several tasks compares rfm, sac over Pendulum-v1.", "-1,600 and 0 in Pendulum-v1"],
         ),
     ],
 )
@@ -217,6 +240,55 @@ def test_a_report_of_few_runs_says_so(tmp_path: Path, runs: list[tuple[str, str]
     report.write(tmp_path, tmp_path / "report")
     page = html.unescape((tmp_path / "report" / "report.html").read_text(encoding="utf-8"))
     assert [sentence for sentence in said if sentence not in page] == []
+
+
+def test_a_report_of_partial_results(tmp_path: Path) -> None:
+    """RFM and SAC on two tasks, QNE on one of them; runs that go on, that failed, and that have not begun."""
+    finals = {
+        ("dm_control/walker-run-v0", "rfm", 0): 400.0,
+        ("dm_control/walker-run-v0", "rfm", 1): 500.0,
+        ("dm_control/walker-run-v0", "sac", 0): 420.0,
+        ("dm_control/walker-run-v0", "qne", 0): 430.0,
+        ("dm_control/fish-swim-v0", "rfm", 0): 100.0,
+        ("dm_control/fish-swim-v0", "sac", 0): 200.0,
+    }
+
+    def learn(algo: str, env_id: str, seed: int, returns: list[float], state: str) -> None:
+        folder = RunFolder.create(tmp_path, spec(algo=algo, env_id=env_id, seed=seed))
+        folder.describe(**vars(Setting()))
+        evaluations = [Evaluation(50 * i, 1.0 + i, 1.0 + i, [value, value]) for i, value in enumerate(returns)]
+        folder.write_evaluations(evaluations)
+        folder.set_status(state=state, step=evaluations[-1].step)
+
+    def page_and_table() -> tuple[str, list[str]]:
+        report.write(tmp_path, tmp_path / "report")
+        page = html.unescape((tmp_path / "report" / "report.html").read_text(encoding="utf-8"))
+        return page, (tmp_path / "report" / "final_returns.md").read_text(encoding="utf-8").splitlines()
+
+    RunFolder.create(tmp_path, spec(algo="qne", env_id="dm_control/fish-swim-v0"))
+    for (env_id, algo, seed), final in finals.items():
+        learn(algo, env_id, seed, [0.0, final / 2], "running")
+    page, table = page_and_table()
+    assert "No run is finished: these are the results at step 50." in page and "qne seed 0 (0 steps)" in page
+    assert "| fish-swim | 50 |  | 100 |" in table and "After 50 environment steps." in table[-1]
+
+    for (env_id, algo, seed), final in finals.items():
+        learn(algo, env_id, seed, [0.0, final / 2, final], "finished")
+    learn("sac", "dm_control/fish-swim-v0", 1, [0.0, 1.0], "failed")
+    page, table = page_and_table()
+    assert table[:6] == [
+        "| | rfm | qne | sac |",
+        "|---|---|---|---|",
+        "| fish-swim | 100 |  | 200 |",
+        "| walker-run | 450 (400, 500) | 430 | 420 |",
+        "| interquartile mean of scores, 2 tasks | 0.333 |  | 0.310 |",
+        "| interquartile mean of scores, 1 task | 0.450 [0.400, 0.500] | 0.430 | 0.420 |",
+    ]
+    assert "2 runs left out, unfinished: fish-swim qne seed 0 (0 steps), fish-swim sac seed 1 (failed, 50 steps)." in page
+    assert "What is over several tasks compares rfm, sac over all tasks; rfm, qne, sac over walker-run." in page
+    for sentence in ("rfm ends below qne in none of 1 task.", "rfm ends below sac in 1 of 2 tasks: fish-swim."):
+        assert sentence in page and sentence in table[-1]
+    assert page.count("<img") == 2 + 2 * 3
 
 
 def test_scores_of_unknown_tasks_are_between_untrained_and_best(tmp_path: Path) -> None:
@@ -366,6 +438,16 @@ def test_what_becomes_of_a_run_that_ends(
     assert len(engine.started) == n_started
 
 
+def test_a_failed_run_is_shown_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_rfm.benchmark.runner.POLL_SECONDS", 0.0)
+    folder = RunFolder.create(tmp_path, spec())
+    (folder.path / "log.txt").write_text("Traceback\nValueError: no [such] thing\n\n")
+    console = Console(width=80)
+    with console.capture() as capture:
+        Sweep([folder], ScriptedEngine(1), console).run()
+    assert f"failed: {folder.path / 'log.txt'}: ValueError: no [such] thing\n" in capture.get()
+
+
 def test_remaining_time_and_table(tmp_path: Path) -> None:
     folders = [RunFolder.create(tmp_path, spec(seed=seed)) for seed in range(3)]
     folders[0].set_status(state="finished", step=100, wall_clock=50.0, last_return=1.0)
@@ -397,10 +479,26 @@ def test_a_cluster_does_a_run_again_whose_worker_was_killed(tmp_path: Path) -> N
 
 
 def test_wrong_arguments_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["run", "--algos", "ppo"], ["run", "--set", "nonsense"], ["report", "/nonexistent"]):
+    for arguments in (
+        ["run", "--algos", "ppo"],
+        ["run", "--set", "nonsense"],
+        ["report", "/nonexistent"],
+        ["run", "--jobs", "0"],
+    ):
         with pytest.raises(SystemExit):
             main(arguments)
         assert "error:" in capsys.readouterr().err
+
+
+def test_a_cluster_without_ray_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "sb3_rfm.benchmark.cluster", raising=False)
+    with pytest.raises(SystemExit):
+        main(["run", "--suite", "Pendulum-v1", "--engine", "ray", "--out", str(tmp_path / "results")])
+    assert "pip install 'sb3_rfm[cluster]'" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 # Speed

@@ -10,6 +10,14 @@ from pathlib import Path
 from sb3_rfm.benchmark.suites import SETTINGS, SUITES, get_setting, get_tasks, parse_overrides
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+    return number
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite", nargs="+", default=["classic"], metavar="NAME", help=f"{', '.join(SUITES)}, or environment ids"
@@ -21,11 +29,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         metavar="ALGO",
         help=f"rfm, qne, dqs, qsm, sac, td3, tqc, or one with a setting: {', '.join(SETTINGS)}",
     )
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    parser.add_argument("--seeds", type=positive, default=5, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="environment steps of a run; those of the suite by default")
-    parser.add_argument("--eval-every", type=int, default=10_000, help="environment steps between evaluations")
-    parser.add_argument("--eval-episodes", type=int, default=25, help="episodes of an evaluation")
+    parser.add_argument("--steps", type=positive, help="environment steps of a run; those of the suite by default")
+    parser.add_argument("--eval-every", type=positive, default=10_000, help="environment steps between evaluations")
+    parser.add_argument("--eval-episodes", type=positive, default=25, help="episodes of an evaluation")
     parser.add_argument(
         "--set",
         nargs="+",
@@ -34,11 +42,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         metavar="[ALGO.]ARGUMENT=VALUE",
         help="arguments of the algorithms, e.g. rfm.n_candidates=32, or rfm:cold.temperature=0.01 with --algos rfm:cold",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once on this machine")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a run")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at once on this machine")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of a run")
     parser.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: on a cluster (extra [cluster])")
     parser.add_argument("--gpus", type=float, default=0.0, help="with ray: GPUs of a run, e.g. 0.25")
-    parser.add_argument("--checkpoint-every", type=int, default=10_000, help="environment steps between checkpoints")
+    parser.add_argument("--checkpoint-every", type=positive, default=10_000, help="environment steps between checkpoints")
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep the last, to continue with more --steps later")
     parser.add_argument("--out", type=Path, default=Path("results"), help="results folder")
 
@@ -47,7 +55,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path, help="results folder")
     parser.add_argument("--out", type=Path, help="where to write; <results>/report by default")
     parser.add_argument(
-        "--at-step", type=int, help="results at this step, of all runs that reached it; by default the finished runs"
+        "--at-step", type=int, help="results at this step, of all runs that reached it; by default those of the finished runs"
     )
     parser.add_argument("--algos", nargs="+", metavar="ALGO", help="algorithms to compare; by default all")
     parser.add_argument("--title", default="Benchmark of sb3_rfm")
@@ -57,12 +65,12 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paper", action="store_true", help="the paper's settings too")
     parser.add_argument("--curves", action="store_true", help="cost curves too; compiling for every point takes a while")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="what to measure; everything that is installed by default")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--execution", choices=["auto", "eager", "compile", "cuda_graph"], help="replaces the algorithms' default"
     )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--quick", action="store_true", help="two short rounds, to see whether it works")
     parser.add_argument("--out", type=Path, default=Path("results/speed"), help="folder of table, JSON and figures")
 
@@ -83,13 +91,17 @@ def run(args: argparse.Namespace) -> int:
         eval_episodes=args.eval_episodes,
         arguments=arguments,
     )
-    folders = [RunFolder.create(args.out, spec) for spec in specs]
     options = ["--checkpoint-every", str(args.checkpoint_every), *(["--keep-checkpoint"] if args.keep_checkpoints else [])]
-    engine: Engine = LocalEngine(args.jobs, args.threads, options)
+    engine: Engine
     if args.engine == "ray":
-        from sb3_rfm.benchmark.cluster import RayEngine
-
+        try:
+            from sb3_rfm.benchmark.cluster import RayEngine
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--engine ray needs Ray: pip install 'sb3_rfm[cluster]' ({error}).") from error
         engine = RayEngine(args.threads, args.gpus, options)
+    else:
+        engine = LocalEngine(args.jobs, args.threads, options)
+    folders = [RunFolder.create(args.out, spec) for spec in specs]
     return 1 if Sweep(folders, engine).run() else 0
 
 

@@ -1,6 +1,7 @@
 """The pictures of a report, as matplotlib figures."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -50,6 +51,14 @@ def tidy(axes: Axes) -> None:
     axes.tick_params(labelsize=8)
 
 
+def annotate(axes: Axes, algos: Sequence[str], x: str, y: str, legend: Literal["best", "lower left"] = "best") -> None:
+    """Say what the lines of the algorithms and the axes are."""
+    axes.legend(axes.lines, algos, frameon=False, fontsize=8, loc=legend)
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    tidy(axes)
+
+
 def learning_curves(results: Results) -> Figure:
     """Mean return against environment steps with its 95 % interval over seeds, one panel for each task."""
     tasks, algos = results.tasks, results.algos
@@ -81,7 +90,8 @@ def learning_curves(results: Results) -> Figure:
         tidy(panel)
     figure.supxlabel("environment steps (thousands)", fontsize=9)
     figure.supylabel("return", fontsize=9)
-    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=8, frameon=False, fontsize=9)
+    shown = [algo for algo in algos if algo in handles]
+    figure.legend([handles[algo] for algo in shown], shown, loc="outside upper center", ncols=8, frameon=False, fontsize=9)
     return figure
 
 
@@ -93,12 +103,14 @@ def band(axes: Axes, x: np.ndarray, estimates: Sequence[Estimate], line_style: d
     return line
 
 
-def aggregate(results: Results) -> Figure:
-    """Interquartile mean of the scores of each algorithm over the tasks that all were run on."""
-    algos = results.algos
-    tasks = results.tasks_of(algos)
+def aggregate(results: Results, algos: Sequence[str], tasks: Sequence[str]) -> Figure:
+    """Interquartile mean of the scores of each algorithm over tasks that all of these were run on."""
     estimates = {algo: statistics.interquartile_mean(results.scores(algo, tasks)) for algo in algos}
-    return intervals(estimates, f"interquartile mean of scores, {count(len(tasks), 'task')}")
+    figure = intervals(estimates, f"interquartile mean of scores, {count(len(tasks), 'task')}")
+    low, high = figure.axes[0].get_xlim()
+    # The whole range of scores, in which differences have their size.
+    figure.axes[0].set_xlim(min(low, -0.02), max(high, 1.02))
+    return figure
 
 
 def improvement(results: Results, reference: str) -> Figure:
@@ -121,18 +133,17 @@ def intervals(estimates: dict[str, Estimate], label: str) -> Figure:
     axes = figure.subplots()
     axes.use_sticky_edges = False
     for i, (algo, (value, low, high)) in enumerate(reversed(estimates.items())):
-        axes.barh(i, high - low, left=low, height=0.55, color=style(algo, [algo])["color"], alpha=0.4)
-        axes.plot([value, value], [i - 0.28, i + 0.28], color="black", linewidth=1.6)
+        color = style(algo, [algo])["color"]
+        axes.barh(i, high - low, left=low, height=0.55, color=color, alpha=0.4)
+        axes.plot([value, value], [i - 0.28, i + 0.28], color=color, linewidth=2)
     axes.set_yticks(range(len(estimates)), list(reversed(estimates)))
     axes.set_xlabel(label, fontsize=9)
     tidy(axes)
     return figure
 
 
-def sample_efficiency(results: Results) -> Figure:
+def sample_efficiency(results: Results, algos: Sequence[str], tasks: Sequence[str]) -> Figure:
     """Interquartile mean of the scores against the share of the budget."""
-    algos = results.algos
-    tasks = results.tasks_of(algos)
     shares = np.linspace(0, 1, 26)
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.subplots()
@@ -149,18 +160,13 @@ def sample_efficiency(results: Results) -> Figure:
                 )
             estimates.append(statistics.interquartile_mean(scores))
         band(axes, 100 * shares, estimates, style(algo, algos))
-    axes.legend(axes.lines, algos, frameon=False, fontsize=8)
-    axes.set_xlabel("percentage of the steps", fontsize=9)
-    axes.set_ylabel("interquartile mean of scores", fontsize=9)
     axes.set_xlim(0, 100)
-    tidy(axes)
+    annotate(axes, algos, "percentage of the steps", "interquartile mean of scores")
     return figure
 
 
-def profiles(results: Results) -> Figure:
+def profiles(results: Results, algos: Sequence[str], tasks: Sequence[str]) -> Figure:
     """Share of the runs that exceed a score, against the score."""
-    algos = results.algos
-    tasks = results.tasks_of(algos)
     scores = {algo: results.scores(algo, tasks) for algo in algos}
     highest = max(1.0, *(float(np.max(s)) for values in scores.values() for s in values))
     lowest = min(0.0, *(float(np.min(s)) for values in scores.values() for s in values))
@@ -169,9 +175,6 @@ def profiles(results: Results) -> Figure:
     axes = figure.subplots()
     for algo in algos:
         band(axes, thresholds, statistics.performance_profile(scores[algo], thresholds), style(algo, algos))
-    axes.legend(axes.lines, algos, frameon=False, fontsize=8)
-    axes.set_xlabel("score τ", fontsize=9)
-    axes.set_ylabel("share of runs with score > τ", fontsize=9)
     axes.set_ylim(0, 1.02)
-    tidy(axes)
+    annotate(axes, algos, "score τ", "share of runs with score > τ", "lower left")  # every profile begins above
     return figure

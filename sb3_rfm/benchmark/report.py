@@ -22,7 +22,6 @@ from sb3_rfm.benchmark.suites import short
 
 def final_table(results: Results) -> pd.DataFrame:
     """Final returns: a row for each task and algorithm, with mean, 95 % interval and number of seeds."""
-    last = results.evaluations.sort_values("step").groupby(RUN).last().reset_index()
     rows = []
     for task in results.tasks:
         for algo in results.algos:
@@ -30,7 +29,7 @@ def final_table(results: Results) -> pd.DataFrame:
             if not len(final):
                 continue
             estimate = statistics.mean(final)
-            ends = last[(last["env_id"] == task) & (last["algo"] == algo)]
+            runs = results.runs.query("env_id == @task and algo == @algo")
             rows.append(
                 {
                     "env_id": task,
@@ -40,32 +39,60 @@ def final_table(results: Results) -> pd.DataFrame:
                     "mean": estimate.value,
                     "low": estimate.low,
                     "high": estimate.high,
-                    "hours": float(ends["wall_clock"].mean()) / 3600,
-                    "training_steps_per_second": float((ends["step"] / ends["training_seconds"].clip(lower=1e-9)).mean()),
+                    "hours": float(runs["wall_clock"].mean()) / 3600,
+                    "training_steps_per_second": float((runs["steps"] / runs["training_seconds"].clip(lower=1e-9)).mean()),
                 }
             )
     return pd.DataFrame(rows)
 
 
 def pivot(results: Results) -> pd.DataFrame:
-    """Final returns as text, with the number of seeds: tasks down, algorithms across, and the aggregate over the tasks that
-    they share last."""
-    algos = results.algos
-    rows = {}
-    for task in results.tasks:
-        finals = {algo: results.final(task, algo) for algo in algos}
-        rows[short(task)] = {
-            algo: f"{text(statistics.mean(final), 0)} ({len(final)})" if len(final) else "" for algo, final in finals.items()
+    """Final returns as text, see :data:`CELLS`: tasks down, algorithms across, and the interquartile means last."""
+    rows = {short(task): {algo: returns_text(results.final(task, algo)) for algo in results.algos} for task in results.tasks}
+    for algos, tasks in results.comparisons():
+        rows[f"interquartile mean of scores, {figures.count(len(tasks), 'task')}"] = {
+            algo: text(statistics.interquartile_mean(results.scores(algo, tasks)), 3) for algo in algos
         }
-    shared = results.tasks_of(algos)
-    if shared:
-        n_tasks = figures.count(len(shared), "task")
-        scores = {algo: results.scores(algo, shared) for algo in algos}
-        rows[f"interquartile mean of scores, {n_tasks}"] = {
-            algo: f"{text(statistics.interquartile_mean(values), 3)} ({sum(map(len, values))})"
-            for algo, values in scores.items()
-        }
-    return pd.DataFrame.from_dict(rows, orient="index", columns=algos)
+    return pd.DataFrame.from_dict(rows, orient="index", columns=results.algos).fillna("")
+
+
+CELLS = (
+    "Mean over seeds, with its 95 % interval (Student) and the number n of seeds; for two seeds, the return of each; for one, "
+    "that alone. Interquartile means are over all runs of those tasks, with stratified bootstrap intervals."
+)
+"""What is in the table of final returns."""
+
+
+def returns_text(final: np.ndarray) -> str:
+    """The final returns of an algorithm in a task, (N,), as text."""
+    if not len(final):
+        return ""
+    if len(final) < figures.FEWEST_FOR_BAND:  # an interval would be wider than all returns there can be
+        each = ", ".join(f"{value:.0f}" for value in final)
+        return f"{final.mean():.0f}" + (f" ({each})" if len(final) > 1 else "")
+    return f"{text(statistics.mean(final), 0)}, n = {len(final)}"
+
+
+def losses(results: Results) -> list[str]:
+    """A sentence for each algorithm that RFM is compared with, on the tasks where it ends with the lower mean."""
+    reference, sentences = reference_of(results), []
+    for algo in results.algos:
+        tasks = [] if algo == reference else results.tasks_of([reference, algo])
+        if tasks:
+            below = [short(t) for t in tasks if results.final(t, reference).mean() < results.final(t, algo).mean()]
+            where = f"{len(below) or 'none'} of {figures.count(len(tasks), 'task')}" + (f": {listed(below)}" if below else "")
+            sentences.append(f"{reference} ends below {algo} in {where}.")
+    return sentences
+
+
+def steps_of(results: Results) -> str:
+    """The environment steps after which runs ended, in words."""
+    return f"{' / '.join(f'{steps:,}' for steps in sorted(results.runs['steps'].unique()))} environment steps"
+
+
+def reference_of(results: Results) -> str:
+    """The algorithm that the others are compared with."""
+    return "rfm" if "rfm" in results.algos else results.algos[0]
 
 
 def improvements(results: Results) -> pd.DataFrame:
@@ -84,28 +111,37 @@ def improvements(results: Results) -> pd.DataFrame:
 def caveats(everything: Results, results: Results, steps: int | None) -> list[str]:
     """What has to be known to read the numbers: runs that are missing, few seeds, tasks that not all algorithms have."""
     found = []
+    if not (everything.runs["state"] == "finished").any():
+        found.append(f"No run is finished: these are the results at step {steps:,}.")
     there = set(results.runs[RUN].itertuples(index=False, name=None))
     missing = [run for run in everything.runs.itertuples() if (run.env_id, run.algo, run.seed) not in there]
     if missing:
-        names = [f"{short(run.env_id)} {run.algo} seed {run.seed} ({run.steps:,} steps)" for run in missing]
+        failed = {True: "failed, ", False: ""}
+        names = [
+            f"{short(run.env_id)} {run.algo} seed {run.seed} ({failed[run.state == 'failed']}{run.steps:,} steps)"
+            for run in missing
+        ]
         which = "unfinished" if steps is None else f"without an evaluation at step {steps:,}"
         found.append(f"{figures.count(len(missing), 'run')} left out, {which}: {listed(names)}.")
     n_seeds = {(task, algo): len(results.final(task, algo)) for task in results.tasks for algo in results.algos}
     single = [f"{short(task)} {algo}" for (task, algo), n in n_seeds.items() if n == 1]
     if single:
-        found.append(f"One seed only, hence no interval: {listed(single)}.")
+        found.append(f"One seed only: {listed(single)}.")
     fewest = min((n for n in n_seeds.values() if n > 1), default=None)
     if fewest is not None and fewest < 5:
         found.append(
             f"As few as {fewest} seeds: the bootstrap intervals are too narrow, the interquartile means rest on few runs. "
-            "Student's interval of each mean says best how much is known."
+            "The returns in each task, with their spread, say best how much is known."
         )
-    shared = results.tasks_of(results.algos)
-    if len(results.algos) > 1 and len(shared) < len(results.tasks):
-        names = [short(task) for task in shared]
-        over = f"are over {listed(names)} alone" if shared else "cannot be made"
+    if results.tasks_of(results.algos) != results.tasks:
+        over = [
+            f"{', '.join(algos)} over {'all tasks' if tasks == results.tasks else listed([short(task) for task in tasks])}"
+            for algos, tasks in results.comparisons()
+        ]
         found.append(
-            f"Not every algorithm was run on every task: comparisons of all algorithms {over}; --algos compares some."
+            "Not every algorithm was run on every task. "
+            + (f"What is over several tasks compares {'; '.join(over)}." if over else "No comparison over tasks can be made.")
+            + " --algos compares others."
         )
     return found
 
@@ -164,8 +200,6 @@ def embed(figure: Figure, alternative: str) -> str:
 
 def make_figures(results: Results) -> dict[str, tuple[Figure, str]]:
     """The figures of a report with their captions, by file name."""
-    algos = results.algos
-    reference = "rfm" if "rfm" in algos else algos[0]
     made = {
         "learning_curves": (
             figures.learning_curves(results),
@@ -173,19 +207,26 @@ def make_figures(results: Results) -> dict[str, tuple[Figure, str]]:
             f"{figures.FEWEST_FOR_BAND} seeds, each is a thin line instead.",
         )
     }
-    if len(algos) > 1 and results.tasks_of(algos):
-        made["aggregate"] = (
-            figures.aggregate(results),
-            "Interquartile mean of the final scores (line) with 95 % stratified bootstrap intervals (bar).",
-        )
+    reference = reference_of(results)
+    if any(results.tasks_of([reference, algo]) for algo in results.algos if algo != reference):
         made["improvement"] = (
             figures.improvement(results, reference),
             f"Probability that a run of {reference} ends above a run of another algorithm, averaged over the tasks of both.",
         )
-        made["sample_efficiency"] = (figures.sample_efficiency(results), "Interquartile mean of the scores while learning.")
-        made["profiles"] = (
-            figures.profiles(results),
-            "Performance profiles: share of the final scores above τ, with 95 % stratified bootstrap intervals.",
+    for algos, tasks in results.comparisons():
+        over = figures.count(len(tasks), "task")
+        suffix = "" if tasks == results.tasks else f"_{len(tasks)}"
+        made[f"aggregate{suffix}"] = (
+            figures.aggregate(results, algos, tasks),
+            f"Interquartile mean of the final scores on {over} (line) with 95 % stratified bootstrap intervals (bar).",
+        )
+        made[f"sample_efficiency{suffix}"] = (
+            figures.sample_efficiency(results, algos, tasks),
+            f"Interquartile mean of the scores on {over} while learning.",
+        )
+        made[f"profiles{suffix}"] = (
+            figures.profiles(results, algos, tasks),
+            f"Performance profiles: share of the final scores on {over} above τ, with 95 % stratified bootstrap intervals.",
         )
     return made
 
@@ -201,7 +242,8 @@ def write(
 
     :param root: Results folder, or a folder with ``runs.csv`` and ``evaluations.csv``
     :param out: Where to write
-    :param steps: Report the results at this step, of all runs that reached it; by default the finished runs as they ended
+    :param steps: Report the results at this step, of all runs that reached it; by default the finished runs as they ended, or,
+        as long as there are none, the last step that all have reached
     :param algos: Algorithms to compare; by default all
     :param title: Heading of the page
     :return: The files
@@ -209,12 +251,15 @@ def write(
     everything = Results.load(root)
     if algos:
         everything = everything.of(algos)
+    if steps is None and not (everything.runs["state"] == "finished").any():
+        steps = everything.common_step
     results = everything.at(steps)
     out.mkdir(parents=True, exist_ok=True)
     everything.save(out)
     final, table, better = final_table(results), pivot(results), improvements(results)
     final.to_csv(out / "final_returns.csv", index=False, float_format="%.6g")
-    (out / "final_returns.md").write_text(markdown(table), encoding="utf-8")
+    notes = " ".join([f"After {steps_of(results)}.", CELLS, *losses(results)])
+    (out / "final_returns.md").write_text(f"{markdown(table)}\n{notes}\n", encoding="utf-8")
     (out / "improvement.md").write_text(markdown(better), encoding="utf-8")
     made = make_figures(results)
     for name, (figure, _) in made.items():
@@ -239,7 +284,6 @@ def render(
         for name, (figure, caption) in made.items()
     }
     runs = results.runs
-    n_steps = sorted({int(steps) for steps in results.evaluations.groupby(RUN)["step"].max()})
     facts = [
         ", ".join(
             figures.count(n, noun)
@@ -250,7 +294,7 @@ def render(
                 (runs["seed"].nunique(), "seed"),
             )
         ),
-        f"{' / '.join(f'{n:,}' for n in n_steps)} environment steps",
+        steps_of(results),
         f"{'/'.join(map(str, sorted(runs['eval_episodes'].unique())))} episodes per evaluation, deterministic policy",
         f"{runs['wall_clock'].sum() / 3600:.1f} hours of computing",
     ]
@@ -284,7 +328,9 @@ def render(
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         caveats=f'<ul class="caveats">{items(warnings)}</ul>' if warnings else "",
         learning_curves=parts["learning_curves"],
+        cells=html.escape(CELLS),
         final=html_table(table),
+        losses=f"<ul>{items(losses(results))}</ul>",
         comparison=comparison or "<p>There is one algorithm, and nothing to compare it with.</p>",
         settings=items(settings),
         runs=html_table(seeds),

@@ -7,6 +7,7 @@ evaluation of each run.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,10 @@ import pandas as pd
 from sb3_rfm.benchmark.records import find_runs
 
 RUN = ["env_id", "algo", "seed"]
+"""What tells runs apart."""
+
+AT_THE_END = ["steps", "wall_clock", "training_seconds", "final_return"]
+"""What the last evaluation of a run says."""
 
 SCORE_RANGES = {"dm_control/": (0.0, 1000.0), "Pendulum-v1": (-1600.0, 0.0)}
 """Returns that count as 0 and 1, by the beginning of the environment's id."""
@@ -49,20 +54,20 @@ class Results:
                 | {"returns": " ".join(f"{value:.2f}" for value in e.returns)}
                 for e in folder.read_evaluations()
             ]
-            if not rows:
-                continue
             evaluations += rows
+            last = rows[-1] if rows else {"step": 0}
+            state = "finished" if folder.finished else "failed" if folder.status["state"] == "failed" else "unfinished"
             runs.append(
                 key
-                | {"state": "finished" if folder.finished else "unfinished", "steps": rows[-1]["step"]}
-                | {name: rows[-1][name] for name in ("wall_clock", "training_seconds")}
-                | {"final_return": rows[-1]["mean"], "eval_every": spec.eval_every, "eval_episodes": spec.eval_episodes}
+                | {"state": state, "steps": last["step"]}
+                | {name: last.get(name) for name in ("wall_clock", "training_seconds")}
+                | {"final_return": last.get("mean"), "eval_every": spec.eval_every, "eval_episodes": spec.eval_episodes}
                 | {"commit": config.get("commit"), "started": (config.get("sessions") or [None])[0]}
                 | {"interruptions": len(config.get("sessions", [None])) - 1}
                 | {name: json.dumps(config.get(name, {})) for name in ("arguments", "versions", "machine")}
                 | {"evaluation_particles": config.get("evaluation_particles")}
             )
-        if not runs:
+        if not evaluations:
             raise ValueError(f"There are no evaluated runs in {root}.")
         return cls(pd.DataFrame(runs), pd.DataFrame(evaluations))
 
@@ -79,7 +84,7 @@ class Results:
         """
         if unknown := set(algos) - set(self.algos):
             raise ValueError(f"There are no runs of {sorted(unknown)}, only of {self.algos}.")
-        return self._only(self.runs[self.runs["algo"].isin(algos)], self.evaluations)
+        return Results(*(table[table["algo"].isin(algos)].reset_index(drop=True) for table in (self.runs, self.evaluations)))
 
     def at(self, steps: int | None) -> "Results":
         """The results as they were after a number of steps, of the runs that got there.
@@ -87,18 +92,28 @@ class Results:
         :param steps: Environment steps; None for the runs that are finished, as they ended
         """
         if steps is None:
-            chosen = self.runs[self.runs["state"] == "finished"]
-            return self._only(chosen, self.evaluations)
+            return self._only(self.runs[self.runs["state"] == "finished"], self.evaluations)
         there = self.evaluations[self.evaluations["step"] <= steps]
         reached = there.groupby(RUN)["step"].max()
         chosen = self.runs[[reached.get(tuple(key), -1) == steps for key in self.runs[RUN].itertuples(index=False)]]
+        if chosen.empty:
+            raise ValueError(
+                f"No run has an evaluation at step {steps}. All that learn have reached --at-step {self.common_step}."
+            )
         return self._only(chosen, there)
 
+    @property
+    def common_step(self) -> int:
+        """The last step that all runs have reached, but for those that have not learned yet."""
+        reached = self.evaluations.groupby(RUN)["step"].max()
+        return int(reached[reached > 0].min()) if (reached > 0).any() else 0
+
     def _only(self, runs: pd.DataFrame, evaluations: pd.DataFrame) -> "Results":
-        if runs.empty:
-            common = self.evaluations.groupby(RUN)["step"].max().min()
-            raise ValueError(f"No run is that far. All {len(self.runs)} have reached step {common}: --at-step {common}.")
-        return Results(runs.reset_index(drop=True), evaluations.merge(runs[RUN], on=RUN).reset_index(drop=True))
+        """Some runs, as they were at the last of these evaluations."""
+        evaluations = evaluations.merge(runs[RUN], on=RUN)
+        last = evaluations.sort_values("step").drop_duplicates(RUN, keep="last")
+        last = last.rename(columns={"step": "steps", "mean": "final_return"})[[*RUN, *AT_THE_END]]
+        return Results(runs.drop(columns=AT_THE_END).merge(last, on=RUN)[runs.columns], evaluations)
 
     @property
     def tasks(self) -> list[str]:
@@ -113,8 +128,14 @@ class Results:
 
     def curve(self, task: str, algo: str) -> pd.DataFrame:
         """Mean return of each seed (columns) at each step (rows) that all of them have reached."""
-        rows = self.evaluations.query("env_id == @task and algo == @algo")
-        return rows.pivot_table(index="step", columns="seed", values="mean").dropna()
+        return self._curves.get((task, algo), pd.DataFrame())
+
+    @cached_property
+    def _curves(self) -> dict[tuple[str, str], pd.DataFrame]:
+        return {
+            (task, algo): rows.pivot_table(index="step", columns="seed", values="mean").dropna()
+            for (task, algo), rows in self.evaluations.groupby(["env_id", "algo"])
+        }
 
     def final(self, task: str, algo: str) -> np.ndarray:
         """Mean return of each seed at the last step, (N,)."""
@@ -145,3 +166,12 @@ class Results:
     def tasks_of(self, algos: Sequence[str]) -> list[str]:
         """Tasks on which all of these algorithms were run."""
         return [task for task in self.tasks if all(len(self.final(task, algo)) for algo in algos)]
+
+    def comparisons(self) -> list[tuple[list[str], list[str]]]:
+        """Algorithms with the tasks that they are compared on.
+
+        First the algorithms that were run on every task; then all of them, where these are more, on the tasks they share.
+        """
+        everywhere = [algo for algo in self.algos if self.tasks_of([algo]) == self.tasks]
+        groups = [(everywhere, self.tasks), (self.algos, self.tasks_of(self.algos))]
+        return [group for i, group in enumerate(groups) if len(group[0]) > 1 and group[1] and group not in groups[:i]]

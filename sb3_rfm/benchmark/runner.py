@@ -177,7 +177,8 @@ class Sweep:
                 job.wait()
         self.console.print(self.summary())
         for folder in self.failed:
-            self.console.print(f"failed: {folder.path}, see {folder.path / 'log.txt'}")
+            # Neither broken into lines nor read as markup: it is a path to copy.
+            self.console.print(f"failed: {folder.path / 'log.txt'}: {last_line_of(folder)}", soft_wrap=True, markup=False)
         return self.failed
 
     def _start(self) -> None:
@@ -290,6 +291,13 @@ class Sweep:
                 style={"finished": "green", "failed": "red"}.get(status["state"]) if folder.path not in self.running else None,
             )
         return table
+
+
+def last_line_of(folder: RunFolder) -> str:
+    """The last that the process of a run printed: the error, where it failed."""
+    log = folder.path / "log.txt"
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+    return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
 def duration(seconds: float) -> str:

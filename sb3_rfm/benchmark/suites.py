@@ -3,10 +3,12 @@
 An algorithm is named ``algo`` for its defaults or ``algo:setting`` for a named setting of it, as in ``qne:paper``. The
 ``paper`` settings are those of the experiment in Li, Tang & Azizan (arXiv 2601.08136), as far as the classes here have
 the choice. They keep one learning rate for actor and critic, and the control variate is this library's. By default,
-all of them act with one particle; in the paper, RFM alone chooses among several while training.
+all of them act with one particle; in the paper, RFM alone chooses among several while training. ``qne:paper-particles``,
+``dqs:paper-particles`` and ``qsm:paper-particles`` are the paper's settings of these with that choice of RFM's.
 """
 
 import ast
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +45,9 @@ SUITES: dict[str, tuple[Task, ...]] = {
     "classic": (Task("dm_control/cartpole-swingup-v0", 50_000), Task("Pendulum-v1", 10_000)),
 }
 
+GIVEN = {"policy", "env", "seed"}
+"""Arguments of the algorithms that are the run's, and no part of a setting."""
+
 DEFAULT_STEPS = 100_000
 """Steps in an environment that is named by its id."""
 
@@ -61,6 +66,8 @@ class Setting:
 
 _PAPER: dict[str, Any] = {"buffer_size": 250_000, "learning_starts": 10_000}
 _PAPER_FLOW: dict[str, Any] = {**_PAPER, "policy_kwargs": {"layer_norm": False}}
+_PAPER_PARTICLES: dict[str, Any] = {"n_particles": 32, "n_target_particles": 32}
+"""Particles among which RFM chooses in the paper: when acting, in the critic's target and in evaluations."""
 
 SETTINGS: dict[str, Setting] = {
     "rfm:paper": Setting(
@@ -70,8 +77,7 @@ SETTINGS: dict[str, Setting] = {
             "n_candidates": 100,
             "integration_steps": 10,
             "proposal": "policy",
-            "n_particles": 32,
-            "n_target_particles": 32,
+            **_PAPER_PARTICLES,
             "max_grad_norm": 10.0,
             "policy_kwargs": {"net_arch": {"pi": [256, 256, 256], "qf": [256, 256]}, "layer_norm": False},
         }
@@ -110,13 +116,17 @@ SETTINGS: dict[str, Setting] = {
     ),
     "sac:paper": Setting(dict(_PAPER)),
 }
+SETTINGS |= {
+    f"{algo}:paper-particles": Setting(SETTINGS[f"{algo}:paper"].arguments | _PAPER_PARTICLES)
+    for algo in ("qne", "dqs", "qsm")
+}
 
 
 def get_algorithm(name: str) -> type[BaseAlgorithm]:
     """Class of an algorithm.
 
     :param name: ``rfm``, ``qne``, ``dqs``, ``qsm``; SB3's ``sac`` and ``td3``; sb3-contrib's ``tqc`` where installed
-    :raises ValueError: for an unknown name
+    :raises ValueError: for an unknown name, or for one that is not installed
     """
     import stable_baselines3
 
@@ -131,8 +141,10 @@ def get_algorithm(name: str) -> type[BaseAlgorithm]:
         "td3": stable_baselines3.TD3,
     }
     if name == "tqc":
-        from sb3_contrib import TQC
-
+        try:
+            from sb3_contrib import TQC
+        except ModuleNotFoundError as error:
+            raise ValueError("tqc is sb3-contrib's: pip install sb3-contrib.") from error
         return TQC
     if name not in classes:
         raise ValueError(f"Unknown algorithm {name!r}: expected one of {sorted([*classes, 'tqc'])}.")
@@ -144,9 +156,13 @@ def get_setting(label: str, overrides: dict[str, Any]) -> Setting:
 
     :param label: ``algo`` or ``algo:setting``; a setting that is not in :data:`SETTINGS` is its overrides
     :param overrides: Arguments that take precedence
-    :raises ValueError: for a setting that is neither known nor given by overrides
+    :raises ValueError: for a setting that is neither known nor given by overrides, and for arguments that do not exist
     """
-    get_algorithm(label.partition(":")[0])
+    parameters = inspect.signature(get_algorithm(label.partition(":")[0])).parameters
+    if unknown := sorted(overrides.keys() - (parameters.keys() - GIVEN)):
+        raise ValueError(
+            f"{label} has no argument {', '.join(unknown)}; --set algo.argument=value sets one of a single algorithm."
+        )
     if ":" in label and label not in SETTINGS and not overrides:
         known = sorted(SETTINGS)
         raise ValueError(f"Unknown setting {label!r}: known are {known}; a new one needs --set {label}.argument=value.")
@@ -159,10 +175,17 @@ def get_tasks(name: str, steps: int | None = None) -> list[Task]:
 
     :param name: Name of a suite, or an environment id; ids of the Control Suite may leave out ``dm_control/`` and ``-v0``
     :param steps: Steps to learn; the suite's by default
+    :raises ValueError: for a name that is neither
     """
-    if name in DMC8:
-        name = f"dm_control/{name}-v0"
-    tasks = SUITES.get(name, (Task(name, DEFAULT_STEPS),))
+    control_suite = f"dm_control/{name}-v0"
+    if name in SUITES:
+        tasks = SUITES[name]
+    elif name in DMC8:
+        tasks = (Task(control_suite, DEFAULT_STEPS),)
+    elif env_id := next(filter(is_registered, (name, control_suite)), None):
+        tasks = (Task(env_id, DEFAULT_STEPS),)
+    else:
+        raise ValueError(f"Unknown suite or environment {name!r}: expected one of {[*SUITES, *DMC8]} or an environment's id.")
     return [Task(task.env_id, steps or task.steps) for task in tasks]
 
 
@@ -194,13 +217,25 @@ def parse_overrides(items: Iterable[str], labels: Iterable[str]) -> dict[str, di
     return result
 
 
+def is_registered(env_id: str) -> bool:
+    """Whether Gymnasium knows an environment, the Control Suite included; of ``module:id``, the module is left to say."""
+    if ":" in env_id:
+        return True
+    if env_id.startswith("dm_control/"):
+        import shimmy  # noqa: F401  (registers them)
+    try:
+        gym.spec(env_id)
+    except gym.error.Error:
+        return False
+    return True
+
+
 def make_env(env_id: str) -> gym.Env[Any, Any]:
     """Make an environment with a flat observation, as an MLP needs it.
 
-    :param env_id: Registered id; importing Shimmy registers those of the DeepMind Control Suite
+    :param env_id: Registered id
     """
-    if env_id.startswith("dm_control/"):
-        import shimmy  # noqa: F401
+    is_registered(env_id)  # so that the Control Suite is
     env = gym.make(env_id)
     return FlattenObservation(env) if isinstance(env.observation_space, spaces.Dict) else env
 
