@@ -7,6 +7,7 @@ other source is a ``torch.distributions`` distribution (Laplace, Student-t, mixt
 Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), section 3, which asks nothing more of p0.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 
@@ -104,7 +105,7 @@ class DistributionSource(Source):
         far = torch.tensor([-1e4, 1e4]).reshape((2,) + (1,) * len(shape)).expand(2, *shape)
         if support.is_discrete or not bool(support.check(far).all()):
             raise ValueError(f"A source covers all of R^D, but {type(distribution).__name__} has the support {support}.")
-        self.distribution = distribution
+        self.distribution = _without_checks(distribution)
         self.has_quantiles = _has_quantiles(distribution)
         try:
             mean, variance = distribution.mean, float(distribution.variance.mean())
@@ -156,6 +157,16 @@ class DistributionSource(Source):
                 f"{points} candidates need the quantile function of independent dimensions (cdf and icdf), which "
                 f"{type(self.distribution).__name__} does not define; use points='independent'."
             )
+
+
+def _without_checks(distribution: Distribution) -> Distribution:
+    """A copy that does not look at each number it is given: for that, one waits for a GPU, and a graph has no numbers."""
+    distribution = copy.copy(distribution)
+    distribution._validate_args = False
+    for name, part in vars(distribution).copy().items():
+        if isinstance(part, Distribution):
+            setattr(distribution, name, _without_checks(part))
+    return distribution
 
 
 def _has_quantiles(distribution: Distribution) -> bool:

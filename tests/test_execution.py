@@ -12,6 +12,7 @@ import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
+from torch.distributions import Categorical, Laplace, MixtureSameFamily, Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_rfm import DQS, QNE, QSM, RFM, compilation, execution
@@ -227,6 +228,28 @@ def test_compiled_gradients_are_the_eager_ones(
     eager = gradients(model._gradients)
     fast = gradients(compiled(model._gradients, model.policy))
     torch.testing.assert_close(fast, eager, rtol=0, atol=tolerance * float(eager.abs().max()))
+
+
+MIXTURE = MixtureSameFamily(Categorical(torch.ones(2)), Normal(torch.tensor([-1.0, 1.0]), torch.tensor([0.5, 0.5])))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments"),
+    [
+        (RFM, {"coefficient": [0.5], "n_particles": 3, "n_target_particles": 2, "proposal": "policy"}),
+        (RFM, {"coefficient": "diagonal", "sampler": "sde", "path": "cosine"}),
+        (RFM, {"source": Laplace(0.0, 1.0)}),
+        (QNE, {"source": MIXTURE, "path": "ve"}),
+        (QSM, {"sampler": "langevin", "path": "linear_vp", "policy_kwargs": {"layer_norm": False, "net_arch": []}}),
+    ],
+)
+def test_whatever_is_chosen_becomes_a_graph(algorithm: type[FlowActorCritic], arguments: dict[str, Any]) -> None:
+    model = algorithm("MlpPolicy", "Pendulum-v1", device="cpu", execution="eager", **arguments)
+    states, actions, numbers = torch.zeros(4, 3), torch.zeros(4, 1), torch.zeros(4)
+    graph = compilation.trace(model._gradients, model.policy, (states, states, actions, states, states, numbers, numbers))
+    assert len(graph.structure.unflatten([0] * graph.structure.num_leaves)[1]) == len(model._trained)  # type: ignore[arg-type]
+    features = states if model.n_particles > 1 else None
+    compilation.trace(model.policy.act, model.policy, (states, features, torch.zeros(4, model.n_particles, 1), False))
 
 
 @pytest.mark.filterwarnings("error:.*could not be compiled")
