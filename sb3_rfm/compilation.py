@@ -92,7 +92,7 @@ def trace(function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...]
 
     # With shapes and no numbers: nothing is computed, nothing drawn at random. Other tensors it reads become constants.
     read = [*state.values(), *filter(torch.is_tensor, args)]
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as shapes:
+    with FakeTensorMode(allow_non_fake_inputs=True) as shapes:
         examples = [shapes.from_tensor(t.detach().contiguous().requires_grad_(t.requires_grad)) for t in read]
         graph = make_fx(flat)(*examples)
     graph.graph.eliminate_dead_code()
@@ -188,8 +188,7 @@ def _run_compiler(recipe: _Recipe, file: Path) -> None:
 @functools.cache
 def _load(file: Path) -> Callable[[list[Tensor]], list[Tensor]]:
     """Load a library; models with the same graph share it."""
-    with _quiet():
-        return torch._inductor.aoti_load_package(str(file)).loader.run
+    return torch._inductor.aoti_load_package(str(file)).loader.run
 
 
 @functools.cache
@@ -202,8 +201,8 @@ def _processor() -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the deprecation warnings of PyTorch's own modules, which some environment packages make visible."""
+def quiet() -> Iterator[None]:
+    """Hide the deprecation warnings of the compiler's own modules, which some environment packages make visible."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)

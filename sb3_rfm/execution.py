@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sb3_rfm.compilation import load_library, trace
+from sb3_rfm.compilation import load_library, quiet, trace
 
 ExecutionMode = Literal["auto", "eager", "compile", "cuda_graph"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -149,8 +149,9 @@ class Compiled(Generic[T]):
         name = getattr(self.function, "__name__", repr(self.function)).strip("_")
         started = time.perf_counter()
         try:
-            program = self.programs[key] = _Program(self.function, self.module, args, self.executor.mode == "cuda_graph")
-            result = program(args)
+            with quiet():
+                program = self.programs[key] = _Program(self.function, self.module, args, self.executor.mode)
+                result = program(args)
         except Exception as error:
             result = self.function(*args)  # raises what is the function's own
             self.failed = True
@@ -167,15 +168,15 @@ class Compiled(Generic[T]):
 class _Program:
     """A compiled function for arguments of certain shapes."""
 
-    def __init__(self, function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], with_graphs: bool) -> None:
+    def __init__(self, function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], mode: str) -> None:
         graph = trace(function, module, args)
         self.locations, self.arguments, self.structure = graph.state, graph.arguments, graph.structure
         self.state = self._read_state()
         inputs = self._inputs(args)
-        if all(tensor.device.type == "cpu" for tensor in inputs):
+        if mode == "compile" and all(tensor.device.type == "cpu" for tensor in inputs):
             self.run = load_library(graph.module, inputs)
         else:
-            options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": with_graphs}
+            options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": mode == "cuda_graph"}
             compiled = torch.compile(graph.module, options=options, dynamic=False, fullgraph=True)
             self.run = lambda tensors: compiled(*tensors)
 
