@@ -87,11 +87,13 @@ class Path(ABC):
         :param source: ``"velocity"``, ``"noise"``, ``"data"`` or ``"score"``
         :param target: The same choices
         :return: The same knowledge in the parametrisation ``target``, (B, ..., D)
-        :raises ValueError: for an unknown parametrisation
+        :raises ValueError: for an unknown parametrisation, or a value of another shape than ``x_t``
         """
         for name in (source, target):
             if name not in ("velocity", "noise", "data", "score"):
                 raise ValueError(f"Unknown parametrisation {name!r}: expected 'velocity', 'noise', 'data' or 'score'.")
+        if value.shape != x_t.shape:
+            raise ValueError(f"value must have the shape of x_t, {tuple(x_t.shape)}, got {tuple(value.shape)}.")
         if source == target:
             return value
         s = expand_to(t, x_t)
@@ -156,6 +158,8 @@ class LinearVPPath(Path):
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        if not 0 < beta_min < beta_max:
+            raise ValueError(f"LinearVPPath needs 0 < beta_min < beta_max, got beta_min={beta_min}, beta_max={beta_max}.")
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def _rate(self, t: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ the noise mean. Where the parts are: candidates and their densities in :mod:`sb3
 Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), sections 3 and 4.
 """
 
+import math
+import numbers
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,16 +95,16 @@ class PosteriorMeanEstimator:
         points: PointSet = "independent",
         method: str | Method = "snis",
     ) -> None:
-        if isinstance(n_candidates, bool) or not isinstance(n_candidates, int) or n_candidates < 1:
+        if not _is_positive(n_candidates, numbers.Integral):
             raise ValueError(f"n_candidates must be an integer >= 1, got {n_candidates!r}.")
-        if data_scale is not None and not data_scale > 0:
-            raise ValueError(f"data_scale must be positive or None, got {data_scale!r}.")
-        if not guess_spread > 0:
-            raise ValueError(f"guess_spread must be positive, got {guess_spread!r}.")
+        if data_scale is not None and not _is_positive(data_scale):
+            raise ValueError(f"data_scale must be a positive number or None, got {data_scale!r}.")
+        if not _is_positive(guess_spread):
+            raise ValueError(f"guess_spread must be a positive number, got {guess_spread!r}.")
         if points not in ("independent", "antithetic", "sobol"):
             raise ValueError(f"Unknown points {points!r}: expected 'independent', 'antithetic' or 'sobol'.")
         self.path = get_path(path)
-        self.n_candidates = n_candidates
+        self.n_candidates = int(n_candidates)
         self.coefficient = check_coefficient(coefficient)
         self.source = get_source(source)
         self.data_scale = data_scale
@@ -134,15 +136,20 @@ class PosteriorMeanEstimator:
         :param generator: Source of the candidates' randomness
         :param guess: A guess of the data mean, (B, D), around which half of the candidates are drawn
         :return: :class:`PosteriorMean`
-        :raises ValueError: for wrong shapes, or where no candidate of some row has a finite log-density and gradient
+        :raises ValueError: for wrong shapes and values, or where no candidate of some row has a finite log-density and
+            gradient
         """
         self._check_inputs(x_t, t, guess)
 
         def checked_log_prob(x_1: Tensor) -> Tensor:
-            log_p = log_prob(x_1)
-            if log_p.shape != x_1.shape[:2]:
+            log_p: Any = log_prob(x_1)
+            returned = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
+            if returned != x_1.shape[:2]:
+                raise ValueError(f"log_prob must map (B, K, D) to (B, K): given {tuple(x_1.shape)} it returned {returned}.")
+            if x_1.requires_grad and not log_p.requires_grad:
                 raise ValueError(
-                    f"log_prob must map (B, K, D) to (B, K): given {tuple(x_1.shape)} it returned {tuple(log_p.shape)}."
+                    "log_prob must be differentiable, but what it returned carries no gradient of its argument (detached, or "
+                    "computed outside of torch?); coefficient=0 with method='snis' needs none."
                 )
             return log_p
 
@@ -152,7 +159,11 @@ class PosteriorMeanEstimator:
         if hopeless.any():
             rows = hopeless.nonzero().flatten().tolist()
             what = "log_prob or its gradient" if self.needs_gradient else "log_prob"
-            raise ValueError(f"{what} is not finite at any of the {self.n_candidates} candidates of rows {rows[:8]}.")
+            x_1 = self.path.data_from_noise(candidates.x_0, x_t[:, None], t)[rows]
+            raise ValueError(
+                f"{what} is not finite at any of the {self.n_candidates} candidates of rows {rows[:8]}. The candidates for "
+                f"the data lie between {x_1.min():.3g} and {x_1.max():.3g} there; data_scale or a guess moves them."
+            )
         return result
 
     def draw(
@@ -280,14 +291,27 @@ class PosteriorMeanEstimator:
         return -weighted_mean(average.weights, values + coefficient[:, None] * average.stein) / sigma
 
     def _check_inputs(self, x_t: Tensor, t: Tensor, guess: Tensor | None) -> None:
-        if x_t.dim() != 2:
+        inputs: dict[str, Any] = {"x_t": x_t, "t": t} | ({} if guess is None else {"guess": guess})
+        for name, value in inputs.items():
+            if not (isinstance(value, Tensor) and value.is_floating_point()):
+                got = f"one of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+                raise ValueError(f"{name} must be a tensor of floating-point numbers, got {got}.")
+        if x_t.dim() != 2 or x_t.shape[1] == 0:
             raise ValueError(f"x_t must have shape (B, D), got {tuple(x_t.shape)}.")
         if t.shape != x_t.shape[:1]:
             raise ValueError(f"t must have shape (B,) = ({x_t.shape[0]},) to match x_t, got {tuple(t.shape)}.")
         if guess is not None and guess.shape != x_t.shape:
             raise ValueError(f"guess must have the shape of x_t, {tuple(x_t.shape)}, got {tuple(guess.shape)}.")
-        if not bool(((t > 0) & (t < 1)).all()):
-            raise ValueError("t must lie strictly between 0 and 1: at the ends one of the two posteriors is a point.")
+        outside = ~((t > 0) & (t < 1))
+        if outside.any():
+            raise ValueError(
+                "t must lie strictly between 0 and 1, as at the ends one of the two posteriors is a point; "
+                f"got {t[outside][:8].tolist()}."
+            )
+        for name, value in inputs.items():
+            rows = sorted({row[0] for row in (~torch.isfinite(value)).nonzero().tolist()})
+            if rows:
+                raise ValueError(f"{name} must be finite, but is not in rows {rows[:8]}.")
         if isinstance(self.coefficient, tuple) and len(self.coefficient) != x_t.shape[1]:
             raise ValueError(
                 f"coefficient has {len(self.coefficient)} entries, but x_t has dimension {x_t.shape[1]}; "
@@ -354,10 +378,14 @@ class ReverseFlowMatchingLoss(nn.Module):
         :param generator: Source of the candidates' randomness
         :param guess: A guess of the data mean, (B, D), see :meth:`PosteriorMeanEstimator.__call__`
         :return: Scalar loss (mean over the batch of the squared error), and the estimate with its diagnostics
+        :raises ValueError: for a model whose output has another shape than ``x_t``, and as the estimator does
         """
         result = self.estimator(log_prob, x_t, t, generator, guess)
-        target = getattr(result, self.field)
-        return (model(x_t, t) - target.detach()).square().sum(-1).mean(), result
+        target, prediction = getattr(result, self.field), model(x_t, t)
+        if prediction.shape != target.shape:  # they might broadcast
+            shapes = f"given {tuple(x_t.shape)} and {tuple(t.shape)} it returned {tuple(prediction.shape)}"
+            raise ValueError(f"model must map (B, D) and (B,) to (B, D): {shapes}.")
+        return (prediction - target.detach()).square().sum(-1).mean(), result
 
 
 def value_and_gradient(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -399,3 +427,8 @@ def check_coefficient(coefficient: Coefficient) -> str | float | tuple[float, ..
     if numbers.dim() > 1 or numbers.numel() == 0 or not bool(torch.isfinite(numbers).all()):
         raise ValueError(f"coefficient must be 'optimal', a finite number or one per dimension, got {coefficient!r}.")
     return float(numbers) if numbers.dim() == 0 else tuple(numbers.tolist())
+
+
+def _is_positive(value: object, kind: type[Any] = numbers.Real) -> bool:
+    """Whether something is a positive finite number of a kind."""
+    return not isinstance(value, bool) and isinstance(value, kind) and math.isfinite(value) and value > 0

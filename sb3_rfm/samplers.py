@@ -79,7 +79,10 @@ def integrate_sde(
     :param diffusion: ``d(t)`` of a scalar tensor; 0 → the probability-flow ODE
     :param generator: Source of the noise
     :return: State at ``times[-1]``, (B, ..., D)
+    :raises ValueError: unless times increase
     """
+    if not bool((times.diff() > 0).all()):
+        raise ValueError(f"An SDE runs from noise to data: expected increasing times, got {times.tolist()}.")
     for t, t_next in itertools.pairwise(times):
         dt, d = t_next - t, diffusion(t)
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
@@ -108,7 +111,10 @@ def denoise(
     :param noise_scale: 0 → probability-flow ODE (DDIM), 1 → reverse SDE (DDPM's posterior variance)
     :param generator: Source of the fresh noise
     :return: State at ``times[-1]``, (B, ..., D)
+    :raises ValueError: for a ``noise_scale`` outside [0, 1]
     """
+    if not 0 <= noise_scale <= 1:
+        raise ValueError(f"noise_scale must be from 0 (ODE) to 1 (reverse SDE), got {noise_scale}.")
     alpha, sigma = path.alpha(times), path.sigma(times)
     for i in range(len(times) - 1):
         x_1 = data_prediction(x, times[i])

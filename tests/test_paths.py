@@ -7,7 +7,7 @@ from torch import Tensor
 from sb3_rfm.paths import PATHS, CondOTPath, LinearVPPath, Path, VEPath, get_path
 
 
-class Trigonometric(Path):
+class Polynomial(Path):
     """A user's own path, given by nothing but its four functions."""
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ class Trigonometric(Path):
         return -3 * t**2
 
 
-ALL = [cls() for cls in PATHS.values()] + [Trigonometric()]
+ALL = [cls() for cls in PATHS.values()] + [Polynomial()]
 PARAMETRISATIONS = ("velocity", "noise", "data", "score")
 
 
@@ -97,6 +97,10 @@ def test_get_path_returns_paths_as_they_are_and_names_the_choices() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="sigma_min=2"):
         VEPath(sigma_min=2.0, sigma_max=1.0)
+    with pytest.raises(ValueError, match="beta_min=-1"):
+        LinearVPPath(beta_min=-1.0)
     x, t = torch.zeros(1, 1), torch.full((1,), 0.5)
     with pytest.raises(ValueError, match="'flow'"):
         CondOTPath().convert(x, x, t, source="flow", target="data")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"\(1, 1\), got \(1, 3\)"):
+        CondOTPath().convert(torch.zeros(1, 3), x, t, source="noise", target="data")

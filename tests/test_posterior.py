@@ -8,14 +8,28 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from scipy import stats
+from test_paths import Polynomial
 from torch import Tensor
-from torch.distributions import Categorical, Independent, Laplace, MixtureSameFamily, MultivariateNormal, Normal, StudentT
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    Laplace,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    StudentT,
+)
 
-from sb3_rfm.candidates import Candidates, PointSet
+from sb3_rfm import control_variates
+from sb3_rfm.benchmark import densities, estimator_errors
+from sb3_rfm.candidates import Candidates, PointSet, draw_candidates
 from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, weighted_mean
 from sb3_rfm.monte_carlo import MCMC, SMC
-from sb3_rfm.paths import PATHS, get_path
+from sb3_rfm.paths import PATHS, LinearVPPath, Path, get_path
 from sb3_rfm.posterior import PosteriorMean, PosteriorMeanEstimator, ReverseFlowMatchingLoss
+from sb3_rfm.sources import get_source
 
 LogProb = Callable[[Tensor], Tensor]
 COEFFICIENTS: list[str | float] = [0.0, 1.0, "optimal", "scalar", "diagonal"]
@@ -91,6 +105,17 @@ def test_the_optimal_coefficient_is_exact_on_gaussians_with_enough_candidates() 
     torch.testing.assert_close(result.coefficient, torch.full_like(x_t, 1 / (1 + 2.0 * (0.2 / 0.8) ** 2)), rtol=1e-8, atol=0)
 
 
+def test_it_is_exact_for_sources_of_another_variance_too() -> None:
+    """The coefficient that leaves no noise grows with the source's variance v: v / (1 + kappa v sigma^2 / alpha^2) > 1."""
+    x_t, t = normal(50, 3), times(0.8, 50)
+    estimator = PosteriorMeanEstimator("cond_ot", 64, source=Normal(0.0, 2.0))
+    result = estimator(gaussian(2.0, 0.5), x_t, t, torch.Generator().manual_seed(1))
+    exact = 4 / (1 + 2.0 * 4 * (0.2 / 0.8) ** 2)
+    score = -(x_t - 0.8 * 0.5) / (0.8**2 / 2.0 + 0.2**2 * 4)
+    for value, truth in ((result.coefficient, exact), (result.score, score)):  # where the bound on the length allows it
+        assert ((value - truth).abs() < 1e-8).double().mean() > 0.9
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_chains_and_particles_are_exact_on_gaussians_too(method: str) -> None:
     estimator = PosteriorMeanEstimator("cosine", 4, "scalar", method=method)
@@ -119,8 +144,8 @@ def test_all_coefficients_share_the_closed_form_expectation(name: str, coefficie
 @pytest.mark.parametrize(
     "method", [MCMC(n_steps=80), MCMC(n_steps=40, n_leapfrog=5), SMC(n_moves=8)], ids=["mala", "hmc", "smc"]
 )
-@pytest.mark.parametrize("coefficient", [0.0, 1.0, "optimal"])
-def test_chains_and_particles_share_it_as_well(method: MCMC | SMC, coefficient: str | float) -> None:
+@pytest.mark.parametrize("coefficient", [0.0, 1.0, (0.3, 0.8), "scalar", "diagonal", "optimal"], ids=str)
+def test_chains_and_particles_share_it_as_well(method: MCMC | SMC, coefficient: str | float | tuple[float, ...]) -> None:
     x_t, t = torch.tensor([[0.3, -0.4]], dtype=torch.float64).expand(60, 2), times(0.6, 60)
     truth = MIXTURE.data_mean(x_t[:1], 0.6, 0.4)
     estimator = PosteriorMeanEstimator("cond_ot", 64, coefficient, method=method)
@@ -128,6 +153,31 @@ def test_chains_and_particles_share_it_as_well(method: MCMC | SMC, coefficient: 
     assert (z_scores(result.x1 - truth).abs() < 4.5).all()
     assert (result.x1 - truth).square().mean() < 0.01
     assert ((result.ess >= 1) & (result.ess <= 64 * 40)).all()
+
+
+def test_particles_reach_in_steps_what_weights_alone_do_not() -> None:
+    """A target far narrower than the candidates: a few of them carry all the weight, and tempering takes several steps."""
+    narrow = Mixture(torch.tensor([0.6, 0.4]), torch.tensor([[0.2, 0.1, -0.3], [-0.1, 0.1, 0.2]]), torch.tensor([0.1, 0.15]))
+    x_t, t = torch.tensor([[0.1, 0.2, -0.1]]).double().expand(60, 3), times(0.3, 60)
+    truth = narrow.data_mean(x_t[:1], 0.3, 0.7)
+    weights, particles = (
+        PosteriorMeanEstimator("cond_ot", 256, 0.0, method=method)(narrow.log_prob, x_t, t, torch.Generator().manual_seed(0))
+        for method in ("snis", SMC(n_moves=8))
+    )
+    assert weights.ess.median() < 8  # less than half of 256, a step of tempering, by far
+    assert (z_scores(particles.x1 - truth).abs() < 4.5).all()
+    assert (particles.x1 - truth).square().mean() < 0.5 * (weights.x1 - truth).square().mean()
+
+
+def test_chains_start_where_the_posterior_is_and_not_where_candidates_are() -> None:
+    """Chains do not cross between modes this far apart: their shares are those of the weights, whatever the guess."""
+    apart = Mixture(torch.tensor([0.8, 0.2]), torch.tensor([[-4.0], [4.0]]), torch.tensor([0.3, 0.3]))
+    x_t, t = torch.zeros(60, 1, dtype=torch.float64), times(0.2, 60)
+    truth = apart.data_mean(x_t[:1], 0.2, 0.8)
+    estimator = PosteriorMeanEstimator("cond_ot", 128, 0.0, data_scale=4.0, method=MCMC(n_steps=6))
+    result = estimator(apart.log_prob, x_t, t, torch.Generator().manual_seed(0), guess=torch.full_like(x_t, 4.0))
+    assert z_scores(result.x1 - truth).abs() < 4.5
+    assert (result.x1 - truth).abs().mean() < 1
 
 
 @pytest.mark.parametrize(
@@ -221,6 +271,110 @@ def test_any_source_by_quadrature(source: str, coefficient: str | float, t_value
     assert z_scores(result.x0 - moments(at)[1]).abs() < 4.5
 
 
+def two_wells(x: Tensor) -> Tensor:
+    """Log-density in one dimension, (..., 1) → (...)."""
+    return (-(x**4) / 4 + x**2 + 0.3 * x).sum(-1)
+
+
+@pytest.mark.parametrize("path", [*(cls() for cls in PATHS.values()), Polynomial()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("source", [Normal(0.0, 1.0), *SOURCES.values()], ids=["gaussian", *SOURCES])
+def test_every_field_of_every_path_and_source_is_that_of_the_path_s_law(path: Path, source: Distribution) -> None:
+    """With candidates on a grid, importance sampling is quadrature, and nothing is random.
+
+    The truth knows nothing of posteriors. With F_0 that of the source, the law of x_t has the distribution function
+    F(x, t) = E[F_0((x - alpha x_1) / sigma)]; from it, score = F'' / F', and velocity = -(dF/dt) / F' by the continuity
+    equation. Data and noise means solve the path's two equations for position and velocity.
+    """
+    t_value = 0.75 if isinstance(path, LinearVPPath) else 0.6
+    x_1 = torch.linspace(-5, 5, 20_001, dtype=torch.float64)
+    p_1 = torch.softmax(two_wells(x_1[:, None]), 0)
+
+    def distribution_function(x: float, t: float) -> float:
+        at = torch.tensor(t, dtype=torch.float64)
+        x_0 = (x - path.alpha(at) * x_1) / path.sigma(at)
+        f_0 = torch.as_tensor(stats.t(5.0).cdf(x_0)) if isinstance(source, StudentT) else source.cdf(x_0)
+        return float((p_1 * f_0).sum())
+
+    x, h = 0.4, 1e-3
+    f = {i: distribution_function(x + i * h, t_value) for i in (-2, -1, 0, 1, 2)}  # differences of fourth order
+    density = (8 * (f[1] - f[-1]) - (f[2] - f[-2])) / (12 * h)
+    slope = (16 * (f[1] + f[-1]) - (f[2] + f[-2]) - 30 * f[0]) / (12 * h**2)
+    later, before = (distribution_function(x, t_value + d) for d in (1e-5, -1e-5))
+    velocity = -(later - before) / 2e-5 / density
+
+    x_t, t = torch.full((1, 1), x, dtype=torch.float64), times(t_value, 1)
+    reach = float((abs(x) + 5 * path.alpha(t)) / path.sigma(t))  # covers x_1 from -5 to 5
+    x_0 = (torch.arange(-20_000, 20_001, dtype=torch.float64) / 20_000 * reach).view(
+        1, -1, 1
+    )  # 0, where scores jump, is a node
+    p0, tolerance = get_source(source), 2e-5
+    for coefficient in (0.0, 0.4, 1.0, (0.3,), "scalar", "diagonal", "optimal"):
+        estimator = PosteriorMeanEstimator(path, source=p0, coefficient=coefficient)  # type: ignore[arg-type]
+        result = estimator.estimate(two_wells, x_t, t, Candidates(x_0, p0.log_prob(x_0)))
+        assert float(result.score) == pytest.approx(slope / density, rel=tolerance, abs=tolerance), coefficient
+        assert float(result.velocity) == pytest.approx(velocity, rel=tolerance, abs=tolerance), coefficient
+        for target, mean in (("data", result.x1), ("noise", result.x0)):
+            known = path.convert(torch.full_like(x_t, velocity), x_t, t, source="velocity", target=target)  # type: ignore[arg-type]
+            assert float(mean) == pytest.approx(float(known), rel=tolerance, abs=5 * tolerance), (coefficient, target)
+
+
+@pytest.mark.parametrize("source", [Laplace(0.0, 1.0), SOURCES["mixture"]], ids=["laplace", "mixture"])
+@pytest.mark.parametrize("method", [MCMC(n_steps=80), SMC(n_moves=8)], ids=["mcmc", "smc"])
+@pytest.mark.parametrize("coefficient", [0.0, 1.0, "optimal"])
+def test_chains_and_particles_know_any_source(source: Distribution, method: MCMC | SMC, coefficient: str | float) -> None:
+    """Noise mean and score of the path, on a path that is not straight; for chains, with localised candidates too."""
+    path, at, n = get_path("cosine"), 0.4, 100
+    alpha, sigma = (float(f(torch.tensor(0.5))) for f in (path.alpha, path.sigma))
+    grid = torch.linspace(-14, 14, 40_001, dtype=torch.float64)
+    q = torch.softmax(source.log_prob(grid) + two_wells((at - sigma * grid[:, None]) / alpha), 0)
+    score = (q * get_source(source).score(grid[:, None]).squeeze(1)).sum() / sigma
+    x_t, t = torch.full((n, 1), at, dtype=torch.float64), times(0.5, n)
+    for local in (False, True) if isinstance(method, MCMC) else (False,):
+        estimator = PosteriorMeanEstimator(
+            path, 64, coefficient, source=source, data_scale=0.8 if local else None, method=method
+        )
+        guess = torch.full_like(x_t, -2.0) if local else None
+        result = estimator(two_wells, x_t, t, torch.Generator().manual_seed(3), guess)
+        assert z_scores(result.x0 - (q * grid).sum()).abs() < 4.5
+        assert z_scores(result.score - score).abs() < 4.5
+        assert (result.x0 - (q * grid).sum()).abs().mean() < 0.25
+
+
+@pytest.mark.parametrize("n_candidates", [2, 3, 7])
+@pytest.mark.parametrize("points", ["independent", "antithetic"])
+@pytest.mark.parametrize("source", [Normal(0.0, 1.0), *SOURCES.values()], ids=["gaussian", *SOURCES])
+def test_candidates_around_a_guess_have_the_density_they_claim(
+    source: Distribution, points: PointSet, n_candidates: int
+) -> None:
+    """``E_r[p0/r f] = E_p0[f]`` for each K, however the candidates are shared out; and p0/r is bounded (Hesterberg)."""
+    p0, n = get_source(source), 20_000
+    if points == "antithetic" and not p0.has_quantiles:
+        pytest.skip("antithetic draws need quantiles")
+    x_t, guess, t = torch.tensor([[0.3, -0.4]]).double().expand(n, 2), torch.tensor([[0.9, 0.2]]).double(), times(0.5, n)
+    x_0, log_ratio = draw_candidates(
+        get_path("cosine"),
+        p0,
+        n_candidates,
+        x_t,
+        t,
+        guess=guess.expand(n, 2),
+        guess_spread=0.6,
+        points=points,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert log_ratio is not None
+    ratio = log_ratio.exp()
+    n_near = n_candidates // 2 - (n_candidates // 2 % 2 if points == "antithetic" else 0)
+    assert ratio.max() <= n_candidates / (n_candidates - n_near) + 1e-9
+    inside = (x_0.abs() < 1).all(-1)
+    # Near and far candidates have different densities, so that the mean over a row is what is unbiased.
+    assert z_scores((ratio - 1).mean(1, keepdim=True)).abs() < 4.5 or ratio.sub(1).abs().max() < 1e-9
+    one = stats.t(5.0) if isinstance(source, StudentT) else None
+    edges = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    lower, upper = (float(f) for f in (one.cdf(edges) if one else source.cdf(edges)))
+    assert z_scores((ratio * inside).mean(1, keepdim=True) - (upper - lower) ** 2).abs() < 4.5
+
+
 @pytest.mark.parametrize("coefficient", [0.0, 1.0, "optimal", "diagonal"])
 @pytest.mark.parametrize("data_scale", [None, 0.8])
 def test_a_correlated_source_in_closed_form(coefficient: str | float, data_scale: float | None) -> None:
@@ -293,6 +447,61 @@ def test_the_normalising_constant_means_nothing(problem: tuple[Tensor, Tensor, C
     assert_same(estimator.estimate(MIXTURE.log_prob, x_t, t, candidates), shifted)
 
 
+@pytest.mark.parametrize("method", ["mcmc", "smc"])
+def test_it_means_nothing_to_chains_and_particles_either(method: str) -> None:
+    x_t, t = normal(5, 2), times(0.6, 5)
+    estimator = PosteriorMeanEstimator(n_candidates=8, method=method)
+    a, b = (
+        estimator(lambda x, c=c: MIXTURE.log_prob(x) + c, x_t, t, torch.Generator().manual_seed(0))  # type: ignore[misc]
+        for c in (0.0, -123.4)
+    )
+    assert_same(a, b, 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("coefficient", [*COEFFICIENTS, 0.4, (0.2, 0.9)], ids=str)
+def test_every_way_of_estimating_gives_the_same_kind_of_result(method: str, coefficient: object) -> None:
+    """Its fields are consistent with each other: the two means make ``x_t``, their rates the velocity, the noise the score."""
+    x_t, t = normal(5, 2), torch.linspace(0.2, 0.8, 5, dtype=torch.float64)
+    estimator = PosteriorMeanEstimator("cosine", 8, coefficient, method=method)  # type: ignore[arg-type]
+    result = estimator(MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(0))
+    assert {name: tuple(value.shape) for name, value in result._asdict().items()} == {
+        **dict.fromkeys(("x0", "x1", "velocity", "score", "coefficient"), (5, 2)),
+        **dict.fromkeys(("ess", "variance_ratio"), (5,)),
+    }
+    assert all(torch.isfinite(value).all() for value in result)
+    angle = 0.5 * math.pi * t[:, None]
+    torch.testing.assert_close(torch.sin(angle) * result.x1 + torch.cos(angle) * result.x0, x_t)
+    rate = 0.5 * math.pi * (torch.cos(angle) * result.x1 - torch.sin(angle) * result.x0)
+    torch.testing.assert_close(result.velocity, rate)
+    torch.testing.assert_close(result.score, -result.x0 / torch.cos(angle))
+    if not isinstance(coefficient, str):
+        torch.testing.assert_close(result.coefficient, torch.tensor(coefficient, dtype=torch.float64).expand(5, 2))
+
+
+def test_the_effective_sample_size_is_that_of_the_weights() -> None:
+    """Weights 1, 1, 2 are worth 16 / 6 candidates; those that come from the source have the weights of the target."""
+    candidates = Candidates(normal(1, 3, 2), None)
+    log_p = torch.tensor([[0.0, 0.0, math.log(2)]], dtype=torch.float64)
+    result = PosteriorMeanEstimator(coefficient=0.0).estimate(lambda x: log_p, normal(1, 2), times(0.5, 1), candidates)
+    assert float(result.ess) == pytest.approx(16 / 6)
+
+
+@pytest.mark.parametrize("coefficient", [0.5, 1.0])
+def test_the_variance_ratio_is_that_of_repeated_estimates(coefficient: float) -> None:
+    x_t, t = torch.tensor([[0.3, -0.4]], dtype=torch.float64).expand(3000, 2), times(0.8, 3000)
+    variances = []
+    for c in (coefficient, 0.0):
+        estimator = PosteriorMeanEstimator("cond_ot", 200, c)
+        result = estimator(MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(1))
+        variances.append(float(result.x0.var(0).sum()))
+        if c == coefficient:
+            claimed = float(result.variance_ratio.median())
+    # The standard error of a ratio of variances of 3000 estimates is below 4 %.
+    assert claimed == pytest.approx(variances[0] / variances[1], rel=0.15)
+    assert abs(claimed - 1) > 0.3
+
+
 @pytest.mark.parametrize("name", sorted(PATHS))
 def test_the_four_parametrisations_tell_the_same(name: str) -> None:
     x_t, t = normal(5, 2), torch.linspace(0.3, 0.9, 5, dtype=torch.float64)
@@ -349,11 +558,11 @@ def test_one_candidate_is_an_estimate_of_itself() -> None:
 
 
 def test_antithetic_and_sobol_candidates_are_spread_evenly() -> None:
-    x_t, t = normal(4, 3), times(0.4, 4)
-    antithetic = PosteriorMeanEstimator(n_candidates=8, points="antithetic").draw(x_t, t).x_0
+    x_t, t, generator = normal(200, 3), times(0.4, 200), torch.Generator().manual_seed(0)
+    antithetic = PosteriorMeanEstimator(n_candidates=8, points="antithetic").draw(x_t, t, generator).x_0
     torch.testing.assert_close(antithetic.mean(1), torch.zeros_like(x_t), rtol=0, atol=1e-12)
-    sobol = PosteriorMeanEstimator(n_candidates=64, points="sobol").draw(x_t, t).x_0
-    assert sobol.mean(1).abs().max() < 0.1  # 64 independent draws have a standard error of 0.125
+    sobol = PosteriorMeanEstimator(n_candidates=64, points="sobol").draw(x_t, t, generator).x_0
+    assert sobol.mean(1).square().mean() < 0.2 / 64  # the mean of 64 independent draws has a variance of 1/64
     assert not torch.allclose(sobol[0], sobol[1])
 
 
@@ -403,6 +612,19 @@ def test_the_robust_fit_is_bounded_and_its_correction_no_longer_than_the_spread(
     assert ((c * weighted_mean(weights, stein)).norm(dim=-1) < 12).all()
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e15])
+def test_the_robust_fit_has_no_unit(scale: float) -> None:
+    """In single precision, where the product of two variances would leave its range."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.softmax(torch.randn(50, 12, generator=generator), 1)
+    values = torch.randn(50, 12, 3, generator=generator)
+    stein = 0.5 * torch.randn(50, 12, 3, generator=generator) - values
+    valid = torch.ones_like(weights, dtype=torch.bool)
+    plain = fit_robust(weights, values, stein, valid)
+    assert (plain > 0.1).double().mean() > 0.5
+    torch.testing.assert_close(fit_robust(weights, scale * values, scale * stein, valid), plain, rtol=1e-3, atol=1e-4)
+
+
 def test_the_robust_fit_tells_dimensions_apart() -> None:
     """A Gaussian of condition 100 along the axes has another exact coefficient in each dimension."""
     precision = torch.logspace(0, 2, 4, dtype=torch.float64)
@@ -450,6 +672,83 @@ def test_optimal_is_never_worse_than_the_better_of_noise_and_gradient(log_prob: 
         mse = (result.velocity - velocity).square().sum(-1).mean()
         error[coefficient] = float(mse.clamp(min=1e-3 * velocity.square().sum(-1).mean()))
     assert error["optimal"] <= 1.05 * min(error[0.0], error[1.0]), error
+
+
+@pytest.mark.parametrize("n_candidates", [16, 128])
+def test_optimal_is_better_than_both_where_they_cross(n_candidates: int) -> None:
+    n, t = 1000, 0.68
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        x_1 = MIXTURE.distribution.sample((n,))
+    x_t = t * x_1 + (1 - t) * normal(n, 2)
+    truth = MIXTURE.data_mean(x_t, t, 1 - t)
+    noise, gradient, optimal = (
+        float((estimate.x1 - truth).square().sum(-1).mean())
+        for estimate in (
+            PosteriorMeanEstimator("cond_ot", n_candidates, c)(MIXTURE.log_prob, x_t, times(t, n), generator)
+            for c, generator in ((c, torch.Generator().manual_seed(2)) for c in (0.0, 1.0, "optimal"))
+        )
+    )
+    assert 0.5 < noise / gradient < 2, "they do not cross here"
+    assert optimal < 0.5 * min(noise, gradient)
+
+
+# What is left of fit_robust without one of its three parts.
+
+
+def without_shrinking(s: estimator_errors.Sample, patch: pytest.MonkeyPatch) -> Tensor:
+    patch.setattr(
+        control_variates,
+        "_shrunk_coefficient",
+        lambda covariance, variance, *_: control_variates._ratio(-covariance, variance),
+    )
+    return fit_robust(s.weights, s.values, s.stein, s.valid)
+
+
+def without_equal_weights(s: estimator_errors.Sample, patch: pytest.MonkeyPatch) -> Tensor:
+    fits = iter((control_variates._shrink(s.weights, s.values, s.stein, 1.0), torch.ones_like(s.values[:, 0])))
+    patch.setattr(control_variates, "_shrink", lambda *_: next(fits))
+    return fit_robust(s.weights, s.values, s.stein, s.valid)
+
+
+def without_bound_on_the_length(s: estimator_errors.Sample, patch: pytest.MonkeyPatch) -> Tensor:
+    equal = s.valid / s.valid.sum(1, keepdim=True)
+    return torch.minimum(*(control_variates._shrink(w, s.values, s.stein, 1.0) for w in (s.weights, equal)))
+
+
+@pytest.mark.parametrize(
+    ("ablated", "name", "t", "n_candidates", "kind", "rows", "least"),
+    [
+        (without_shrinking, "critic-1-0.01", 0.7, 32, "source", 8192, 1.02),
+        (without_equal_weights, "critic-1-0.01", 0.3, 32, "localised", 8192, 1.05),
+        (without_bound_on_the_length, "critic-1-1", 0.02, 16, "source", 512, 1000.0),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_every_part_of_the_rule_is_needed(
+    ablated: Callable[[estimator_errors.Sample, pytest.MonkeyPatch], Tensor],
+    name: str,
+    t: float,
+    n_candidates: int,
+    kind: str,
+    rows: int,
+    least: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without it the error is above the better of noise and gradient, beyond two standard errors; with it, not at all."""
+
+    def rule(s: estimator_errors.Sample) -> Tensor:
+        with monkeypatch.context() as patch:
+            return ablated(s, patch)
+
+    monkeypatch.setitem(estimator_errors.RULES, "ablated", rule)
+    rules = ("noise (0)", "gradient (1)", "optimal", "ablated")
+    cell = estimator_errors.measure_cell([densities.densities()[name]()], t, n_candidates, kind, rows, 0, rules)
+    without, whole = ({row["rule"]: row for row in cell}[rule] for rule in ("ablated", "optimal"))
+    print(f"\n{ablated.__name__}, {name}, t = {t}, K = {n_candidates}, {kind}:", end=" ")
+    print(f"{without['ratio']:.3f} ± {without['ratio error']:.3f}, with it {whole['ratio']:.3f} ± {whole['ratio error']:.3f}")
+    assert whole["ratio"] <= 1.001
+    assert without["ratio"] > max(least, 1 + 2 * without["ratio error"])
 
 
 # Execution
@@ -565,6 +864,31 @@ def test_enormous_densities_and_gradients_stay_finite(coefficient: str) -> None:
         assert torch.isfinite(result.velocity).all() and torch.isfinite(result.coefficient).all()
 
 
+@pytest.mark.parametrize("dim", [1, 64])
+@pytest.mark.parametrize("n_candidates", [1, 2, 16, 500])
+def test_optimal_is_finite_at_any_scale_and_any_time(n_candidates: int, dim: int) -> None:
+    """In single precision, with gradients whose squares overflow, at both ends of the path, and where nothing varies."""
+    targets: list[LogProb] = [
+        gaussian(1e30, 0.0),
+        gaussian(1e-30, 0.0),
+        lambda x: 1e30 * torch.sin(x).sum(-1),
+        lambda x: 1e30 + 0 * x.sum(-1),
+        lambda x: -1e10 * x.pow(4).sum(-1),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(20, dim, generator=generator)
+    for at in (1e-3, 0.5, 1 - 1e-3, 1 - 6e-8):
+        for source in ("gaussian", Laplace(0.0, 1.0)):
+            estimator = PosteriorMeanEstimator("cond_ot", n_candidates, source=source, data_scale=1.0)
+            t = torch.full((20,), at)
+            for i, log_prob in enumerate(targets):
+                for name, value in estimator(log_prob, x_t, t, generator)._asdict().items():
+                    assert torch.isfinite(value).all(), (name, at, source, i)
+    same = Candidates(torch.ones(20, n_candidates, dim), None)
+    result = PosteriorMeanEstimator(n_candidates=n_candidates).estimate(targets[0], x_t, torch.full((20,), 0.5), same)
+    assert all(torch.isfinite(value).all() for value in result) and (result.coefficient == 0).all()
+
+
 def test_shapes_are_checked_and_named() -> None:
     estimator = PosteriorMeanEstimator(n_candidates=8)
     x_t, t = normal(4, 2), times(0.5, 4)
@@ -576,12 +900,34 @@ def test_shapes_are_checked_and_named() -> None:
         estimator(MIXTURE.log_prob, x_t, t, guess=torch.zeros(4, 3))
     with pytest.raises(ValueError, match=r"given \(4, 8, 2\) it returned \(4, 8, 2\)"):
         estimator(lambda x: -(x**2), x_t, t)
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        estimator(MIXTURE.log_prob, x_t, torch.tensor([0.5, 0.5, 1.0, 0.5]))
+    with pytest.raises(ValueError, match=r"given \(4, 8, 2\) it returned float"):
+        estimator(lambda x: 1.0, x_t, t)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ValueError, match=r"given \(4, 2\) and \(4,\) it returned \(4, 1\)"):  # would broadcast
+        ReverseFlowMatchingLoss(estimator)(lambda x, t: x[:, :1], MIXTURE.log_prob, x_t, t)
     with pytest.raises(ValueError, match="3 entries, but x_t has dimension 2"):
         PosteriorMeanEstimator(coefficient=(0.1, 0.2, 0.3))(MIXTURE.log_prob, x_t, t)
     with pytest.raises(ValueError, match="guess must be None"):
         PosteriorMeanEstimator(method="smc")(MIXTURE.log_prob, x_t, t, guess=x_t)
+
+
+def test_values_are_checked_and_named() -> None:
+    estimator = PosteriorMeanEstimator(n_candidates=8)
+    x_t, t = normal(4, 2), times(0.5, 4)
+    broken = x_t.index_fill(0, torch.tensor([1, 3]), math.nan)
+    with pytest.raises(ValueError, match=r"between 0 and 1.*got \[1.0\]"):
+        estimator(MIXTURE.log_prob, x_t, torch.tensor([0.5, 0.5, 1.0, 0.5]))
+    with pytest.raises(ValueError, match=r"x_t must be finite, but is not in rows \[1, 3\]"):
+        estimator(MIXTURE.log_prob, broken, t)
+    with pytest.raises(ValueError, match=r"guess must be finite, but is not in rows \[1, 3\]"):
+        estimator(MIXTURE.log_prob, x_t, t, guess=broken)
+    with pytest.raises(ValueError, match=r"t must be a tensor of floating-point numbers, got 0\.5"):
+        estimator(MIXTURE.log_prob, x_t, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"x_t must be a tensor of floating-point numbers, got one of torch\.int64"):
+        estimator(MIXTURE.log_prob, torch.ones(4, 2, dtype=torch.int64), t)
+    with pytest.raises(ValueError, match=r"differentiable.*coefficient=0"):
+        estimator(lambda x: MIXTURE.log_prob(x.detach()), x_t, t)
+    with pytest.raises(ValueError, match=r"candidates for the data lie between -.* and .*data_scale"):
+        estimator(lambda x: -torch.inf * x.square().sum(-1), x_t, t)
 
 
 @pytest.mark.parametrize(
@@ -594,7 +940,10 @@ def test_shapes_are_checked_and_named() -> None:
         ({"coefficient": ()}, "finite"),
         ({"coefficient": None}, "None"),
         ({"data_scale": -1.0}, "data_scale.*-1"),
+        ({"data_scale": math.inf}, "data_scale.*inf"),
+        ({"data_scale": "wide"}, "data_scale.*'wide'"),
         ({"guess_spread": 0.0}, "guess_spread.*0"),
+        ({"guess_spread": None}, "guess_spread.*None"),
         ({"points": "halton"}, "'halton'"),
         ({"method": "gibbs"}, "'gibbs'"),
         ({"method": "smc", "data_scale": 1.0}, "data_scale must be None"),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from test_paths import Polynomial
 from torch import Tensor
 from torch.distributions import Laplace
 
@@ -48,10 +49,10 @@ def assert_target(x: Tensor, path: Path, t: Tensor, bias: float = 0.0) -> None:
     assert abs(float(x.std()) - std) < 4.5 * std / math.sqrt(2 * N) + bias
 
 
-@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("name", [*sorted(PATHS), "own"])
 @pytest.mark.parametrize("method", ["midpoint", "heun"])
 def test_the_ode_carries_noise_to_data(name: str, method: str) -> None:
-    path = get_path(name)
+    path = Polynomial() if name == "own" else get_path(name)
     times = time_grid(60, 0.02, 0.98).double()
     x = integrate_ode(velocity(path), start(path, times), times, method=method)  # type: ignore[arg-type]
     assert_target(x, path, times[-1], bias=5e-3)
@@ -75,14 +76,31 @@ def test_orders_of_convergence() -> None:
     assert ratio["midpoint"] > 3.6
 
 
-@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize("name", [*sorted(PATHS), "own"])
 @pytest.mark.parametrize("noise_scale", [0.0, 0.5, 1.0])
 def test_one_denoiser_is_ode_and_reverse_sde(name: str, noise_scale: float) -> None:
-    path = get_path(name)
+    path = Polynomial() if name == "own" else get_path(name)
     times = time_grid(150, 0.02, 0.98).double()
     generator = torch.Generator().manual_seed(1)
     x = denoise(data_prediction(path), start(path, times), times, path, noise_scale, generator)
     assert_target(x, path, times[-1], bias=2e-2)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear_vp"])
+def test_a_noisy_step_is_that_of_ddpm(name: str) -> None:
+    """Ho et al. (arXiv 2006.11239), eq. 7, whose alpha-bar is our alpha^2 and whose steps go from t to t - 1."""
+    path, times = get_path(name), torch.tensor([0.5, 0.6], dtype=torch.float64)
+    before, after = path.alpha(times) ** 2  # of the noisier and of the cleaner state
+    beta = 1 - before / after
+
+    def step(x: float, x_1: float) -> Tensor:
+        state = torch.full((50, 1), x, dtype=torch.float64)
+        return denoise(lambda *_: torch.full_like(state, x_1), state, times, path, 1.0, torch.Generator().manual_seed(0))
+
+    noise = torch.randn(50, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean = after.sqrt() * beta / (1 - before) * 0.7 + (1 - beta).sqrt() * (1 - after) / (1 - before) * -1.3
+    variance = (1 - after) / (1 - before) * beta
+    torch.testing.assert_close(step(-1.3, 0.7), mean + variance.sqrt() * noise)
 
 
 def test_denoising_without_noise_is_euler_on_the_straight_path() -> None:
@@ -146,3 +164,7 @@ def test_bad_arguments_are_named() -> None:
         time_grid(5, 0.9, 0.1)
     with pytest.raises(ValueError, match="'rk4'"):
         integrate_ode(lambda x, t: x, torch.zeros(1, 1), time_grid(2), method="rk4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"increasing times, got \[1.0, 0.5, 0.0\]"):
+        integrate_sde(lambda x, t: x, lambda x, t: x, torch.zeros(1, 1), time_grid(2).flip(0), lambda t: t)
+    with pytest.raises(ValueError, match=r"noise_scale.*got 2.0"):
+        denoise(lambda x, t: x, torch.zeros(1, 1), time_grid(2, 0.1, 0.9), CondOTPath(), noise_scale=2.0)

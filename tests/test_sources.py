@@ -1,9 +1,11 @@
 """Sources: scores against finite differences, quantiles, seeding, and errors."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch.distributions import (
     Categorical,
     Distribution,
@@ -65,6 +67,18 @@ def test_quantiles(source: Source) -> None:
     x = source.from_uniform(u)
     assert abs(float(x[0, 1])) < 1e-12
     torch.testing.assert_close(source.opposite(x), source.from_uniform(1 - u))
+    scipy_s = stats.laplace if isinstance(source, DistributionSource) else stats.norm
+    torch.testing.assert_close(x, torch.as_tensor(scipy_s.ppf(u)))
+
+
+@pytest.mark.parametrize(
+    ("source", "scipy_s"),
+    [(SOURCES[0], stats.norm), (SOURCES[1], stats.laplace), (SOURCES[2], stats.t(4.0))],
+    ids=["gaussian", "laplace", "student"],
+)
+def test_densities_are_those_of_scipy(source: Source, scipy_s: Any) -> None:
+    x = torch.linspace(-6, 6, 14, dtype=torch.float64).view(7, 2)
+    torch.testing.assert_close(source.log_prob(x), torch.as_tensor(scipy_s.logpdf(x)).sum(-1))
 
 
 def test_opposites_of_the_farthest_draws_are_finite() -> None:
