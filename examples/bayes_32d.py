@@ -2,7 +2,7 @@
 
 .. code-block:: bash
 
-    python examples/bayes_32d.py                           # about two minutes on two cores
+    python examples/bayes_32d.py                           # about a minute on two cores
     python examples/bayes_32d.py --updates 100
 
 Logistic regression with 32 coefficients, a standard Gaussian prior and 200 observations. The flow sees nothing but the
@@ -23,13 +23,12 @@ from typing import Any
 
 import matplotlib
 import torch
-from sampling import T_MIN, train
+from sampling import path_times, train
 from torch import Tensor, nn
 
 from sb3_rfm.benchmark.estimator import write_csv
 from sb3_rfm.benchmark.sample_quality import effective_share, squared_mmd, wasserstein_2
 from sb3_rfm.posterior import PosteriorMeanEstimator
-from sb3_rfm.samplers import time_grid
 
 matplotlib.use("Agg")  # pictures go to files, with or without a display
 import matplotlib.pyplot as plt
@@ -108,7 +107,7 @@ def sample(model: DataMean, n: int, n_steps: int = 40) -> tuple[Tensor, Tensor, 
     x = torch.randn(n, DIM)
     log_q = -0.5 * x.square().sum(-1) - 0.5 * DIM * math.log(2 * math.pi)
     states = [x]
-    times = time_grid(n_steps, T_MIN, 1 - T_MIN)
+    times = path_times(torch.linspace(0, 1, n_steps + 1))
 
     def step(x: Tensor, t: Tensor, dt: Tensor) -> Tensor:
         return x + dt * (model(x[None], t[None])[0] - x) / (1 - t)
@@ -154,7 +153,7 @@ def plot(file: Path, flows: dict[str, tuple[Tensor, Tensor]], truth: Tensor) -> 
     for panel in axes[:3]:
         panel.legend(fontsize=7, markerscale=2)
     label, (_, trajectories) = list(flows.items())[-1]
-    axes[3].plot(torch.linspace(T_MIN, 1 - T_MIN, len(trajectories)), trajectories[:, :60, i], color="C2", linewidth=0.4)
+    axes[3].plot(path_times(torch.linspace(0, 1, len(trajectories))), trajectories[:, :60, i], color="C2", linewidth=0.4)
     axes[3].set(title=f"trajectories, {label}", ylabel=f"coefficient {i}", xlabel="t")
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -19,12 +19,30 @@ import boltzmann_2d
 def test_boltzmann_2d(tmp_path: Path) -> None:
     rows = boltzmann_2d.main(["--densities", "moons", "--updates", "60", "--samples", "200", "--runs", str(tmp_path)])
     by_coefficient = {row["coefficient"]: row for row in rows}
-    assert set(by_coefficient) == {"noise", "gradient", "optimal"}
+    assert set(by_coefficient) == {"(exact)", "noise", "gradient", "optimal"}
     exact = boltzmann_2d.moons().samples
     untrained = sample_quality.wasserstein_2(torch.randn(200, 2, generator=torch.Generator().manual_seed(0)), exact[:200])
     assert by_coefficient["optimal"]["W2"] < untrained
     assert (tmp_path / "boltzmann_2d_moons.png").stat().st_size > 10_000
-    assert len((tmp_path / "boltzmann_2d.csv").read_text().splitlines()) == 4
+    assert len((tmp_path / "boltzmann_2d.csv").read_text().splitlines()) == 5
+
+
+def test_the_forty_modes_are_a_mixture_of_gaussians() -> None:
+    """Against torch's own mixture, everywhere up to one constant."""
+    target = boltzmann_2d.forty_modes()
+    components = torch.distributions.Independent(torch.distributions.Normal(target.modes, 1.31 / 25), 1)
+    mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.ones(40)), components)
+    x = torch.cat([target.samples[:200], 2 * torch.randn(200, 2, generator=torch.Generator().manual_seed(0))])
+    difference = target.log_prob(x) - mixture.log_prob(x)
+    assert (difference - difference.median()).abs().max() < 1e-2
+
+
+def test_most_of_the_forty_modes_are_found_in_a_few_steps() -> None:
+    torch.manual_seed(0)
+    target = boltzmann_2d.forty_modes()
+    samples, log_q, _ = boltzmann_2d.sample(boltzmann_2d.fit(target, "optimal", 150), 1000, n_steps=30)
+    result = boltzmann_2d.assess(target, samples, log_q)
+    assert result["modes"] > 0.85 and result["W2"] < 0.4
 
 
 def test_densities_of_flows_and_distances_are_right() -> None:
@@ -49,7 +67,7 @@ def test_densities_of_flows_and_distances_are_right() -> None:
     assert result["W2"] < 0.2 and abs(result["MMD^2"]) < 0.02
     normalised = -0.5 * ((samples - 0.3) / 0.5).square().sum(-1) - math.log(2 * math.pi * 0.25)
     assert (log_q - normalised).abs().mean() < 0.05
-    assert trajectories.shape == (61, 500, 2)
+    assert trajectories.shape == (121, 500, 2)
 
 
 def test_wasserstein_is_that_of_a_shift() -> None:
