@@ -252,7 +252,7 @@ class FlowActorCritic(PersistentAlgorithm):
         if self.device.type == "cpu":
             keep_freed_memory()
             if mode == "eager" and self.execution == "auto" and n_updates >= MIN_UPDATES_TO_COMPILE:
-                self._inform("No C++ compiler was found: updates run as written, several times slower than compiled.")
+                self._inform("No C++ compiler was found: updates run as written, slower than compiled.")
         return total_timesteps, callback
 
     def _expected_updates(self, total_timesteps: int) -> int:
