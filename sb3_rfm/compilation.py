@@ -73,6 +73,8 @@ def trace(function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...]
     :param function: A function of tensors, and of parameters and buffers of ``module``; its Python must not look at numbers
     :param module: What it reads
     :param args: Its arguments
+    :return: The graph, and where its inputs are
+    :raises Exception: whatever the function raises, and PyTorch's own errors where it looks at numbers
     """
     state = dict(module.named_parameters()) | dict(module.named_buffers())
     is_tensor = [isinstance(argument, Tensor) for argument in args]

@@ -304,9 +304,8 @@ def test_every_field_of_every_path_and_source_is_that_of_the_path_s_law(path: Pa
 
     x_t, t = torch.full((1, 1), x, dtype=torch.float64), times(t_value, 1)
     reach = float((abs(x) + 5 * path.alpha(t)) / path.sigma(t))  # covers x_1 from -5 to 5
-    x_0 = (torch.arange(-20_000, 20_001, dtype=torch.float64) / 20_000 * reach).view(
-        1, -1, 1
-    )  # 0, where scores jump, is a node
+    # Zero, where scores jump, is one of the nodes.
+    x_0 = (torch.arange(-20_000, 20_001, dtype=torch.float64) / 20_000 * reach).view(1, -1, 1)
     p0, tolerance = get_source(source), 2e-5
     for coefficient in (0.0, 0.4, 1.0, (0.3,), "scalar", "diagonal", "optimal"):
         estimator = PosteriorMeanEstimator(path, source=p0, coefficient=coefficient)  # type: ignore[arg-type]

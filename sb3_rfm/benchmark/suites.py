@@ -217,12 +217,17 @@ def parse_overrides(items: Iterable[str], labels: Iterable[str]) -> dict[str, di
     return result
 
 
+def register_control_suite(env_id: str) -> None:
+    """Have Gymnasium know the DeepMind Control Suite, if the environment is one of it: importing Shimmy does that."""
+    if env_id.startswith("dm_control/"):
+        import shimmy  # noqa: F401
+
+
 def is_registered(env_id: str) -> bool:
     """Whether Gymnasium knows an environment, the Control Suite included; of ``module:id``, the module is left to say."""
     if ":" in env_id:
         return True
-    if env_id.startswith("dm_control/"):
-        import shimmy  # noqa: F401  (registers them)
+    register_control_suite(env_id)
     try:
         gym.spec(env_id)
     except gym.error.Error:
@@ -235,7 +240,7 @@ def make_env(env_id: str) -> gym.Env[Any, Any]:
 
     :param env_id: Registered id
     """
-    is_registered(env_id)  # so that the Control Suite is
+    register_control_suite(env_id)
     env = gym.make(env_id)
     return FlattenObservation(env) if isinstance(env.observation_space, spaces.Dict) else env
 
