@@ -106,11 +106,9 @@ def draw_candidates(
         n_near = n_candidates // 2
         if points == "antithetic":
             n_near -= n_near % 2  # pairs stay together
-        index = torch.arange(n_candidates, device=x_t.device)[None, :, None]
-        near = index < n_near
         narrow = guess_spread * spread
         close = guess[:, None] + narrow * source.mean
-        x_1 = torch.where(near, close - narrow * noise, broad - spread * noise)
+        x_1 = torch.cat([close - narrow * noise[:, :n_near], broad - spread * noise[:, n_near:]], dim=1)
         log_near = source.log_prob((close - x_1) / narrow) - x_t.shape[-1] * math.log(guess_spread)
         log_broad = source.log_prob((broad - x_1) / spread)
         log_r = torch.logaddexp(log_near + _log(n_near / n_candidates), log_broad + _log(1 - n_near / n_candidates))

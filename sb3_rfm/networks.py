@@ -88,13 +88,12 @@ class ConditionalMLP(nn.Module):
         centre = x.detach().mean(1, keepdim=True)
         # Pre-activations of the mean query (B, 1, H), and what each query adds to them (B, K, H).
         z = encoded.unsqueeze(1) + F.linear(centre, weight)
-        dz = F.linear(x - centre, weight)
+        dz = _linear_bfloat16(x - centre, weight)
         modules = list(self.hidden)
         for activation, layer in zip(modules[0::2], modules[1::2], strict=True):
             h = activation(z)
-            dh = (activation(z + dz) - h).bfloat16()
             assert isinstance(layer, nn.Linear)
-            z, dz = layer(h), F.linear(dh, layer.weight.bfloat16()).float()
+            z, dz = layer(h), _linear_bfloat16(activation(z + dz) - h, layer.weight)
         if isinstance(self.last, nn.Identity):
             return z + dz
         return (self.last[0](z + dz).unsqueeze(-2) * self.output_layer.weight).sum(-1) + self.output_layer.bias
@@ -102,6 +101,11 @@ class ConditionalMLP(nn.Module):
     def forward(self, context: Tensor, x: Tensor) -> Tensor:
         """``decode(encode(context), x)``."""
         return self.decode(self.encode(context), x)
+
+
+def _linear_bfloat16(x: Tensor, weight: Tensor) -> Tensor:
+    """``x weight^T`` with both rounded to bfloat16."""
+    return F.linear(x.bfloat16(), weight.bfloat16()).float()
 
 
 class TimeEmbedding(nn.Module):
