@@ -6,6 +6,7 @@ context's part is computed once per state.
 """
 
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -61,17 +62,14 @@ class ConditionalMLP(nn.Module):
 
         :param encoded: Result of :meth:`encode`, (B, H)
         :param x: Queries, (B, D) or (B, K, D)
-        :param reduced: Compute the hidden layers in bfloat16; the first and the last stay in full precision
+        :param reduced: Multiply matrices in bfloat16
         :return: (B, O) or (B, K, O)
         """
         if x.dim() == 3:
             encoded = encoded.unsqueeze(1)
-        h = encoded + F.linear(x, self.first.weight[:, self.context_dim :])
-        if not reduced:
-            return self.last(self.hidden(h))
-        with torch.autocast(h.device.type, torch.bfloat16):
-            h = self.hidden(h.bfloat16())
-        return h.float() if isinstance(self.last, nn.Identity) else self.output_layer(self.last[0](h).float())
+        with torch.autocast(x.device.type, torch.bfloat16) if reduced else nullcontext():
+            answer = self.last(self.hidden(encoded + F.linear(x, self.first.weight[:, self.context_dim :])))
+        return answer.float() if reduced else answer
 
     def decode_differences(self, encoded: Tensor, x: Tensor) -> Tensor:
         """Answer many queries about each context in bfloat16, precise to a fraction of the *differences* between answers.

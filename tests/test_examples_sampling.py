@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sb3_rfm.benchmark import densities, estimator, estimator_errors, sample_quality
+from sb3_rfm.benchmark import densities, estimator, estimator_errors, estimator_in_use, sample_quality
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import bayes_32d
@@ -136,7 +136,8 @@ def test_the_estimator_benchmark_on_a_trained_critic(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)  # the model is kept under runs/
     monkeypatch.setattr(estimator, "PLAIN", (16, 64))
     monkeypatch.setattr(densities.Critic, "reference", (32, 64))
-    monkeypatch.setattr(estimator_errors, "seconds", partial(estimator_errors.seconds, n_states=8, n_rounds=1))
+    monkeypatch.setattr(estimator_in_use, "seconds", partial(estimator_in_use.seconds, n_states=8, n_rounds=1))
+    monkeypatch.setattr(estimator, "rounding", partial(estimator_in_use.rounding, n_states=8))
     arguments = ["--critic", "Pendulum-v1", "--critic-steps", "130", "--critic-states", "2", "--output", str(tmp_path)]
     arguments += ["--densities", "--rows", "2", "--candidates", "8", "32", "--times", "0.5", "0.9"]
     rows = estimator.main(arguments)
@@ -144,6 +145,9 @@ def test_the_estimator_benchmark_on_a_trained_critic(tmp_path: Path, monkeypatch
     estimator.main([*arguments, "--clock"])  # the model is loaded now
     assert len((tmp_path / "race.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
     assert "| guess, antithetic | 8 |" in (tmp_path / "race.txt").read_text()
+    rounded = estimator.main([*arguments, "--rounding"])
+    assert all(0 < row["squared difference"] < row["mse"] for row in rounded)
+    assert "| 32 |" in (tmp_path / "rounding.txt").read_text()
 
 
 def test_plain_samples_are_counted_by_interpolation() -> None:
@@ -158,11 +162,11 @@ def test_a_race_compares_at_the_same_time_and_the_same_error(monkeypatch: pytest
     def seconds(model: object, contenders: list[tuple[str, int, object]]) -> list[float]:
         return [1e-3 * (1 + n / 10) if coefficient == 0 else 11e-3 for _, n, coefficient in contenders]
 
-    monkeypatch.setattr(estimator_errors, "seconds", seconds)
+    monkeypatch.setattr(estimator_in_use, "seconds", seconds)
     cell = {"density": "critic of somewhere", "t": 0.5}
     rows = [cell | {"candidates": "source", "K": n, "rule": "noise (0)", "mse": 8 / n} for n in estimator_errors.PLAIN]
     rows += [cell | {"candidates": "guess, antithetic", "K": 8, "rule": "optimal", "mse": 0.02}]
-    (result,) = estimator_errors.race(SimpleNamespace(env_name="somewhere"), rows)
+    (result,) = estimator_in_use.race(SimpleNamespace(env_name="somewhere"), rows)
     assert result["affordable plain samples"] == pytest.approx(100)
     assert result["error gain"] == pytest.approx(8 / 100 / 0.02)
     assert result["plain samples for the same error"] == pytest.approx(400)

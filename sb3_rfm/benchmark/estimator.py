@@ -4,10 +4,12 @@
 
     python -m sb3_rfm.benchmark.estimator --critic dm_control/cheetah-run-v0          # writes docs/results/estimator/
     python -m sb3_rfm.benchmark.estimator --critic dm_control/cheetah-run-v0 --clock  # then times it, on a quiet machine
+    python -m sb3_rfm.benchmark.estimator --critic dm_control/cheetah-run-v0 --rounding  # what bfloat16 does to it
     python -m sb3_rfm.benchmark.estimator --densities crescents --update         # measures one density again
     python -m sb3_rfm.benchmark.estimator --rows 32 --candidates 16 32 --densities crescents --output runs/estimator
 
-The targets are in :mod:`sb3_rfm.benchmark.densities`, the measurements in :mod:`sb3_rfm.benchmark.estimator_errors`.
+The targets are in :mod:`sb3_rfm.benchmark.densities`, the measurements in :mod:`sb3_rfm.benchmark.estimator_errors` and
+:mod:`sb3_rfm.benchmark.estimator_in_use`.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sb3_rfm.benchmark.densities import Density, densities, trained_critics, trained_model
-from sb3_rfm.benchmark.estimator_errors import KINDS, LINE, NEGLIGIBLE, PLAIN, Row, equivalent, measure, race
+from sb3_rfm.benchmark.estimator_errors import KINDS, LINE, NEGLIGIBLE, PLAIN, Row, equivalent, measure
+from sb3_rfm.benchmark.estimator_in_use import race, rounding
 from sb3_rfm.execution import keep_freed_memory
 
 TIMES = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
@@ -128,6 +131,16 @@ def summarise_races(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def summarise_rounding(rows: list[Row]) -> str:
+    """Markdown table of :func:`rounding`: the share of the squared error that bfloat16 adds, in percent."""
+    times = list(dict.fromkeys(row["t"] for row in rows))
+    lines = ["| K | " + " | ".join(f"t = {t:g}" for t in times) + " |", "|---" * (len(times) + 1) + "|"]
+    shares = {(row["K"], row["t"]): row["squared difference"] / row["mse"] for row in rows}
+    for n in dict.fromkeys(row["K"] for row in rows):
+        lines.append(f"| {n} | " + " | ".join(f"{100 * shares[n, t]:.2g} %" for t in times) + " |")
+    return "\n".join(lines)
+
+
 def write_csv(file: Path, rows: list[Row]) -> None:
     """Rows as CSV, numbers to four digits."""
     with file.open("w", newline="") as stream:
@@ -135,6 +148,18 @@ def write_csv(file: Path, rows: list[Row]) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
+
+
+def save(folder: Path, name: str, rows: list[Row], summarise: Callable[[list[Row]], str]) -> list[Row]:
+    """Write rows as CSV and their summary as text, and print it.
+
+    :return: The rows
+    """
+    write_csv(folder / f"{name}.csv", rows)
+    table = summarise(rows)
+    (folder / f"{name}.txt").write_text(table + "\n")
+    print(table)
+    return rows
 
 
 def read_csv(file: Path) -> list[Row]:
@@ -165,18 +190,18 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--output", type=Path, default=Path("docs/results/estimator"))
     parser.add_argument("--update", action="store_true", help="keep what errors.csv already has of other densities")
     parser.add_argument("--clock", action="store_true", help="race on that critic, with the errors of errors.csv")
+    parser.add_argument("--rounding", action="store_true", help="what evaluating that critic in bfloat16 does")
     args = parser.parse_args(argv)
-    if args.clock and not args.critic:
-        parser.error("--clock needs --critic")
+    if (args.clock or args.rounding) and not args.critic:
+        parser.error("--clock and --rounding need --critic")
     args.output.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
 
     if args.clock:
         races = race(trained_model(args.critic, args.critic_steps), read_csv(args.output / "errors.csv"))
-        write_csv(args.output / "race.csv", races)
-        (args.output / "race.txt").write_text(summarise_races(races) + "\n")
-        print(summarise_races(races))
-        return races
+        return save(args.output, "race", races, summarise_races)
+    if args.rounding:
+        return save(args.output, "rounding", rounding(trained_model(args.critic, args.critic_steps)), summarise_rounding)
 
     groups: list[Callable[[], Sequence[Density]]] = [lambda name=name: [densities()[name]()] for name in args.densities]  # type: ignore[misc]
     if args.critic:

@@ -1,11 +1,10 @@
-"""Errors of the posterior-mean estimator: of each rule for the coefficient, in plain samples, and against the clock.
+"""Errors of the posterior-mean estimator: of each rule for the coefficient, and in plain samples.
 
 A *cell* is a density, a time t, a number K and a kind of candidates (:data:`KINDS`). All rules see the same candidates. The
 *ratio* of a rule is its mean squared error over that of the better of the coefficients 0 and 1 in the same cell.
 """
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -13,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sb3_rfm.actors import log_sech2, squash, unsquash
 from sb3_rfm.benchmark.densities import PATH, Density
 from sb3_rfm.candidates import PointSet, draw_candidates
 from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, weighted_mean
 from sb3_rfm.monte_carlo import effective_sample_size, importance_weights
-from sb3_rfm.posterior import PosteriorMeanEstimator, value_and_gradient
+from sb3_rfm.posterior import value_and_gradient
 from sb3_rfm.sources import GaussianSource
 
 PLAIN = (16, 32, 64, 128, 256, 500, 1000, 2000, 4000)
@@ -240,73 +238,3 @@ def equivalent(rows: list[Row], n: int = 32) -> list[Row]:
         {key: row[key] for key in keys} | {"plain samples": worth(curves[row["density"], row["t"]], row["mse"])}
         for row in chosen
     ]
-
-
-# Wall-clock time
-
-
-def seconds(model: Any, contenders: Sequence[tuple[str, int, Any]], n_states: int = 256, n_rounds: int = 9) -> list[float]:
-    """Time of one estimate for a batch of replayed states, the median of rounds in which all contenders take turns.
-
-    :param model: Trained model
-    :param contenders: Kind of candidates, K and coefficient
-    :param n_states: Size of the batch
-    :param n_rounds: Number of rounds
-    """
-    batch = model.replay_buffer.sample(n_states)
-    with torch.no_grad():
-        encoded = model.critic.encode(model.critic.features(batch.observations))
-        encoded_actor = model.actor.network.encode(model.actor.features(batch.observations))
-    t = torch.linspace(0.05, 0.95, n_states)
-    x_t = PATH.interpolate(torch.randn_like(batch.actions), unsquash(batch.actions), t)
-
-    def log_prob(u: Tensor) -> Tensor:
-        return model.critic.split_q(encoded, squash(u)) / model.policy.temperature + log_sech2(u).sum(-1)
-
-    def once(kind: str, n: int, coefficient: Any) -> float:
-        data_scale, points = 1.0 if KINDS[kind].localised else None, KINDS[kind].points
-        estimator = PosteriorMeanEstimator(PATH, n, coefficient, data_scale=data_scale, points=points)
-        began = time.perf_counter()
-        with torch.no_grad():
-            guess = model.actor.predict_data(encoded_actor, x_t, t) if KINDS[kind].guess else None
-        estimator.estimate(log_prob, x_t, t, estimator.draw(x_t, t, guess=guess))
-        return time.perf_counter() - began
-
-    rounds = [[once(*contender) for contender in contenders] for _ in range(n_rounds + 1)]
-    return [sorted(times)[n_rounds // 2] for times in zip(*rounds[1:], strict=True)]  # the first warms up
-
-
-def race(model: Any, rows: list[Row]) -> list[Row]:
-    """Plain samples and the coefficient ``"optimal"`` in the same time, and to the same error, on a trained critic.
-
-    :param model: Trained model
-    :param rows: Errors, among others those of its critic
-    :return: One row for each way, temperature and t
-    """
-    plain = [n for n in PLAIN if n <= 500]
-    ways = [("source", 32), ("localised", 32), ("guess, Sobol", 32), ("guess, antithetic", 32), ("guess, antithetic", 8)]
-    measured = seconds(model, [("source", n, 0.0) for n in plain] + [(kind, n, "optimal") for kind, n in ways])
-    clock, own = list(zip(plain, measured, strict=False)), dict(zip(ways, measured[len(plain) :], strict=True))
-
-    curves, result = plain_curves(rows), []
-    for row in rows:
-        way = (row["candidates"], row["K"])
-        if row["rule"] != "optimal" or way not in own or model.env_name not in row["density"]:
-            continue
-        curve = curves[row["density"], row["t"]]
-        affordable = max(1.0, along([(time, n) for n, time in clock], own[way]))
-        same_time = math.exp(along([(math.log(n), math.log(mse)) for n, mse in curve], math.log(affordable)))
-        needed = worth(curve, row["mse"])
-        result.append(
-            {key: row[key] for key in ("density", "candidates", "K", "t")}
-            | {"seconds": own[way], "affordable plain samples": affordable, "error gain": same_time / row["mse"]}
-            | {"plain samples for the same error": needed, "time gain": along(clock, needed) / own[way]}
-        )
-    return result
-
-
-def along(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Piecewise linear interpolation, with the first and last pieces extended."""
-    i = max(1, min(sum(x_i < x for x_i, _ in points), len(points) - 1))
-    (x_0, y_0), (x_1, y_1) = points[i - 1 : i + 1]
-    return y_0 + (y_1 - y_0) * (x - x_0) / (x_1 - x_0)
