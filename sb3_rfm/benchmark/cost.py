@@ -4,6 +4,7 @@ The lower bound counts the floating-point operations of all matrix products of o
 each divided by the rate at which this machine multiplies matrices of the hidden layers' shape in that precision.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from sb3_rfm import RFM
 from sb3_rfm.benchmark.cases import LONG_RUN, Sizes, StopAfter, build
 from sb3_rfm.benchmark.figures import COLORS, tidy
 from sb3_rfm.benchmark.records import write_json
@@ -95,34 +97,50 @@ def matrix_rate(dtype: torch.dtype, width: int, device: str, seconds: float) -> 
     return best
 
 
+def configuration(name: str, value: int, sizes: Sizes) -> tuple[Sizes, dict[str, int]]:
+    """Sizes and arguments of RFM that have one parameter at a value, and the others as they are."""
+    if hasattr(sizes, name):
+        return replace(sizes, **{name: value}), {}
+    is_default = value == inspect.signature(RFM).parameters[name].default
+    return sizes, {} if is_default else {name: value}
+
+
 def measure(
     conditions: Conditions, axes: dict[str, tuple[str, list[int]]] = AXES, report: Callable[[str], None] = lambda text: None
 ) -> list[Point]:
     """Measure the cost of an update of RFM at all values of all parameters.
 
+    All are measured in every round, one after the other: a machine that is slower for a while is slower for all.
+
     :param conditions: On what, and for how long
     :param axes: Parameters with their labels and values
     :param report: Is told what is being done
     """
-    device, seconds = conditions.device, conditions.seconds
-    rates: dict[tuple[str, int], float] = {}
-    points = []
-    for name, (_, values) in axes.items():
-        for value in values:
-            report(f"{name} = {value}")
-            is_size = hasattr(conditions.sizes, name)
-            sizes = replace(conditions.sizes, **{name: value}) if is_size else conditions.sizes
-            arguments = {} if is_size else {name: value}
-            flops = count_flops(sizes, device, **arguments)
-            for precision in flops:
-                if (precision, sizes.width) not in rates:
-                    rates[precision, sizes.width] = matrix_rate(getattr(torch, precision), sizes.width, device, seconds / 4)
-            model = build("rfm", sizes, device, conditions.execution, **arguments)
-            model.learn(LONG_RUN, callback=StopAfter(model.learning_starts + 10))
-            update = partial(model.train, 1, sizes.batch)
-            times = [seconds_per_call(update, seconds / 2, device) for _ in range(conditions.rounds)]
-            points.append(Point(name, value, times, flops, {precision: rates[precision, sizes.width] for precision in flops}))
-    return points
+    device, rates = conditions.device, dict[tuple[str, int], float]()
+    values = [(name, value) for name, (_, values) in axes.items() for value in values]
+    updates, flops, times = {}, {}, {}
+    configurations = [configuration(name, value, conditions.sizes) for name, value in values]
+    keys = [(sizes, *arguments.items()) for sizes, arguments in configurations]
+    for key, (name, value), (sizes, arguments) in zip(keys, values, configurations, strict=True):
+        if key in updates:
+            continue
+        report(f"{name} = {value}: preparing")
+        flops[key] = count_flops(sizes, device, **arguments)
+        for precision in flops[key]:
+            if (precision, sizes.width) not in rates:
+                dtype = getattr(torch, precision)
+                rates[precision, sizes.width] = matrix_rate(dtype, sizes.width, device, conditions.seconds / 4)
+        model = build("rfm", sizes, device, conditions.execution, **arguments)
+        model.learn(LONG_RUN, callback=StopAfter(model.learning_starts + 10))
+        updates[key], times[key] = partial(model.train, 1, sizes.batch), list[float]()
+    for i in range(conditions.rounds):
+        for key, update in updates.items():
+            report(f"round {i + 1} of {conditions.rounds}")
+            times[key].append(seconds_per_call(update, conditions.seconds / 2, device))
+    return [
+        Point(name, value, times[key], flops[key], {precision: rates[precision, sizes.width] for precision in flops[key]})
+        for key, (name, value), (sizes, _) in zip(keys, values, configurations, strict=True)
+    ]
 
 
 def plot(points: list[Point]) -> Figure:
