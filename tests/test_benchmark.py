@@ -535,7 +535,7 @@ def test_cost_grows_with_candidates_and_is_drawn_above_its_bound(tmp_path: Path)
     points = cost.measure(conditions, {"n_candidates": ("K", [4, 64]), "batch": ("B", [8])})
     few, many, _ = points
     assert sum(many.flops.values()) > sum(few.flops.values())
-    assert all(0 < point.bound < np.median(point.seconds) for point in points)
+    assert all(min(point.bounds) > 0 and point.ratio > 1 for point in points)
     cost.write(tmp_path, {}, points)
     assert (tmp_path / "cost_curves.png").exists() and (tmp_path / "cost_curves.json").exists()
 

@@ -1,7 +1,8 @@
 """What an update costs against every size it depends on, and what its arithmetic alone would cost.
 
 The lower bound counts the floating-point operations of all matrix products of one update, as PyTorch executes them eagerly,
-each divided by the rate at which this machine multiplies matrices of the hidden layers' shape in that precision.
+each divided by the rate at which this machine multiplies matrices of the hidden layers' shape in that precision in the same
+round.
 """
 
 import inspect
@@ -43,19 +44,24 @@ class Point:
     :param value: Its value
     :param seconds: Seconds of an update, one for each round
     :param flops: Operations of matrix products, by precision
-    :param rates: Measured operations per second of matrix products, by precision
+    :param rates: Operations per second of matrix products, by precision, one for each round
     """
 
     name: str
     value: int
     seconds: list[float]
     flops: dict[str, int]
-    rates: dict[str, float]
+    rates: dict[str, list[float]]
 
     @property
-    def bound(self) -> float:
-        """Seconds that the matrix products would take at the measured rates."""
-        return sum(n / self.rates[precision] for precision, n in self.flops.items())
+    def bounds(self) -> list[float]:
+        """Seconds that the matrix products would take at the rates of each round."""
+        return [sum(n / self.rates[precision][i] for precision, n in self.flops.items()) for i in range(len(self.seconds))]
+
+    @property
+    def ratio(self) -> float:
+        """Median of the ratios to the bound within a round."""
+        return float(np.median(np.divide(self.seconds, self.bounds)))
 
 
 class CountFlops(TorchDispatchMode):
@@ -116,7 +122,7 @@ def measure(
     :param axes: Parameters with their labels and values
     :param report: Is told what is being done
     """
-    device, rates = conditions.device, dict[tuple[str, int], float]()
+    device, rates = conditions.device, dict[tuple[str, int], list[float]]()
     values = [(name, value) for name, (_, values) in axes.items() for value in values]
     updates, flops, times = {}, {}, {}
     configurations = [configuration(name, value, conditions.sizes) for name, value in values]
@@ -126,16 +132,15 @@ def measure(
             continue
         report(f"{name} = {value}: preparing")
         flops[key] = count_flops(sizes, device, **arguments)
-        for precision in flops[key]:
-            if (precision, sizes.width) not in rates:
-                dtype = getattr(torch, precision)
-                rates[precision, sizes.width] = matrix_rate(dtype, sizes.width, device, conditions.seconds / 4)
+        rates |= {(precision, sizes.width): [] for precision in flops[key]}
         model = build("rfm", sizes, device, conditions.execution, **arguments)
         model.learn(LONG_RUN, callback=StopAfter(model.learning_starts + 10))
         updates[key], times[key] = partial(model.train, 1, sizes.batch), list[float]()
     for i in range(conditions.rounds):
+        report(f"round {i + 1} of {conditions.rounds}")
+        for (precision, width), measured in rates.items():
+            measured.append(matrix_rate(getattr(torch, precision), width, device, conditions.seconds / 16))
         for key, update in updates.items():
-            report(f"round {i + 1} of {conditions.rounds}")
             times[key].append(seconds_per_call(update, conditions.seconds / 2, device))
     return [
         Point(name, value, times[key], flops[key], {precision: rates[precision, sizes.width] for precision in flops[key]})
@@ -158,7 +163,7 @@ def plot(points: list[Point]) -> Figure:
         milliseconds = 1000 * np.array([np.percentile(point.seconds, [25, 50, 75]) for point in chosen])
         (measured,) = panel.plot(values, milliseconds[:, 1], "o-", color=COLORS["rfm"], markersize=3.5)
         panel.fill_between(values, milliseconds[:, 0], milliseconds[:, 2], color=COLORS["rfm"], alpha=0.2, linewidth=0)
-        (bound,) = panel.plot(values, [1000 * point.bound for point in chosen], "--", color="0.3")
+        (bound,) = panel.plot(values, [1000 * np.median(point.bounds) for point in chosen], "--", color="0.3")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_xticks(values, [str(value) for value in values])
@@ -179,5 +184,5 @@ def write(out: Path, setup: dict[str, Any], points: list[Point]) -> None:
     :param points: The measurements
     """
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "cost_curves.json", setup | {"points": [asdict(point) | {"bound": point.bound} for point in points]})
+    write_json(out / "cost_curves.json", setup | {"points": [asdict(point) | {"ratio": point.ratio} for point in points]})
     plot(points).savefig(out / "cost_curves.png", dpi=150)
