@@ -440,7 +440,9 @@ class FlowActorCritic(PersistentAlgorithm):
         """
         noise = self.policy.actor.draw_noise(len(actor_features), self.n_target_particles)
         latents = self.policy.actor.sample_latents(actor_features, noise, reduced=self._reduced)
-        q = critic.min_q(critic.encode(critic_features), squash(latents), self._reduced and self.n_target_particles > 1)
+        # In bfloat16 particles are compared with each other; one alone has nothing that it could save.
+        reduced = self._reduced and self.n_target_particles > 1
+        q = critic.min_q(critic.encode(critic_features), squash(latents), reduced)
         if self.n_target_particles == 1:
             return latents[:, 0], q[:, 0]
         index = self.policy.choose_index(q)

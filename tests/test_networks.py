@@ -49,6 +49,18 @@ def test_differences_are_precise_where_values_are_large(net_arch: list[int], lay
         assert _noise(near, exact) < 0.2 * _noise(network.decode(encoded, x, reduced=True).squeeze(-1), exact)
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("net_arch", [[], [64], [256, 256]])
+def test_reduced_answers_are_those_of_full_precision_to_a_rounding(net_arch: list[int], layer_norm: bool) -> None:
+    torch.manual_seed(0)
+    network = ConditionalMLP(17, 6, 3, net_arch, layer_norm=layer_norm)
+    encoded, x = network.encode(torch.randn(64, 17)), torch.randn(64, 5, 6)
+    exact, rounded = network.decode(encoded, x), network.decode(encoded, x, reduced=True)
+    assert rounded.dtype == exact.dtype
+    # bfloat16 has 8 significant bits: numbers are rounded by up to 2^-8 of themselves.
+    assert 0 < (rounded - exact).square().mean().sqrt() < 2**-7 * exact.std()
+
+
 def _noise(values: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     error = values - exact
     return (error - error.mean(dim=1, keepdim=True)).std()

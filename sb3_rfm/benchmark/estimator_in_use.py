@@ -73,7 +73,6 @@ def rounding(
         t = torch.full((n_states,), value)
         x_t = states.points(t)
         guess = states.guess(x_t, t)
-
         estimator, many = in_use(n), in_use(2_000)
         drawn = estimator.draw(x_t, t, guess=guess)
         exact = estimator.estimate(states.log_prob, x_t, t, drawn).x1
