@@ -16,8 +16,8 @@ from stable_baselines3.common.policies import BasePolicy
 
 from sb3_rfm.dict_observations import scalar_keys
 
-AUTO_TEMPERATURE = 0.2
-"""``temperature="auto"`` is ``"auto_0.2"``."""
+AUTO_TEMPERATURE = 0.05
+"""``temperature="auto"`` is ``"auto_0.05"``."""
 
 OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict)
 
