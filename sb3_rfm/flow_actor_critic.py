@@ -79,9 +79,9 @@ class FlowActorCritic(PersistentAlgorithm):
     :param replay_buffer_kwargs: Its keyword arguments
     :param optimize_memory_usage: See SB3's ``ReplayBuffer``
     :param n_steps: Steps of the n-step return
-    :param temperature: λ of the target ``exp(Q / λ)``, in units of the reward; or ``"auto"``, the same as ``"auto_0.05"``: 0.05
-        times the mean difference of Q between two random actions, over the root of the action dimension, which makes
-        learning independent of the reward's scale
+    :param temperature: λ of the target ``exp(Q / λ)``, in units of the reward; or ``"auto_<share>"``: that share of the mean
+        difference of Q between two random actions, over the root of the action dimension, which makes learning
+        independent of the reward's scale; ``"auto"`` is ``"auto_0.05"``
     :param n_candidates: Candidates K at which Q (and its gradient) is evaluated for each ``x_t``, by one of the critics
     :param coefficient: Control-variate coefficient in noise coordinates, where the algorithm leaves a choice
     :param path: ``"cond_ot"``, ``"cosine"``, ``"linear_vp"`` or ``"ve"``

@@ -266,7 +266,7 @@ class TrainedCritic(Critic):
 
 
 def trained_model(env_id: str, steps: int, folder: Path = Path("runs/critics")) -> Any:
-    """RFM trained at its defaults, with its replay buffer; trained once, and kept.
+    """RFM trained with a broad policy, and otherwise at its defaults, with its replay buffer; trained once, and kept.
 
     :param env_id: Environment, as in the benchmark
     :param steps: Environment steps
@@ -277,7 +277,8 @@ def trained_model(env_id: str, steps: int, folder: Path = Path("runs/critics")) 
 
     file = folder / f"{env_id.split('/')[-1]}-{steps}"
     if not file.with_suffix(".zip").exists():
-        trained = RFM("MlpPolicy", make_env(env_id), buffer_size=steps, seed=0, device="cpu").learn(steps)
+        trained = RFM("MlpPolicy", make_env(env_id), buffer_size=steps, temperature="auto_0.2", seed=0, device="cpu")
+        trained.learn(steps)
         trained.save_replay_buffer(file.with_suffix(".pkl"))
         trained.save(file.with_suffix(".zip"))
     model: Any = RFM.load(file.with_suffix(".zip"), device="cpu")
@@ -289,14 +290,19 @@ def trained_model(env_id: str, steps: int, folder: Path = Path("runs/critics")) 
     return model
 
 
+def temperatures(model: Any) -> list[float]:
+    """The temperature of a trained model, and a fifth of it, which is nearly the one that the algorithms' default gives."""
+    own = float(model.policy.temperature)
+    return [own, own / 5]
+
+
 def trained_critics(model: Any, n_states: int) -> list[list[Density]]:
     """The critics of a trained model at states of its replay buffer.
 
-    :return: For each of two temperatures, the model's own and a fifth of it, one density for each state
+    :return: For each of the :func:`temperatures`, one density for each state
     """
     states = [model.replay_buffer.sample(1).observations for _ in range(n_states)]
-    own = float(model.policy.temperature)
-    return [[TrainedCritic(model, state, temperature) for state in states] for temperature in (own, own / 5)]
+    return [[TrainedCritic(model, state, temperature) for state in states] for temperature in temperatures(model)]
 
 
 def crescents(x: Tensor) -> Tensor:

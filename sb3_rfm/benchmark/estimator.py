@@ -134,10 +134,11 @@ def summarise_races(rows: list[Row]) -> str:
 def summarise_rounding(rows: list[Row]) -> str:
     """Markdown table of :func:`rounding`: the share of the squared error that bfloat16 adds, in percent."""
     times = list(dict.fromkeys(row["t"] for row in rows))
-    lines = ["| K | " + " | ".join(f"t = {t:g}" for t in times) + " |", "|---" * (len(times) + 1) + "|"]
-    shares = {(row["K"], row["t"]): row["squared difference"] / row["mse"] for row in rows}
-    for n in dict.fromkeys(row["K"] for row in rows):
-        lines.append(f"| {n} | " + " | ".join(f"{100 * shares[n, t]:.2g} %" for t in times) + " |")
+    lines = ["| λ | K | " + " | ".join(f"t = {t:g}" for t in times) + " |", "|---" * (len(times) + 2) + "|"]
+    shares = {(row["temperature"], row["K"], row["t"]): row["squared difference"] / row["mse"] for row in rows}
+    for temperature, n in dict.fromkeys((row["temperature"], row["K"]) for row in rows):
+        cells = [f"{100 * shares[temperature, n, t]:.2g} %" for t in times]
+        lines.append(f"| {temperature:.2g} | {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sb3_rfm.actors import LATENT_SCALE, log_sech2, squash, unsquash
-from sb3_rfm.benchmark.densities import PATH
+from sb3_rfm.benchmark.densities import PATH, temperatures
 from sb3_rfm.benchmark.estimator_errors import KINDS, PLAIN, Row, plain_curves, worth
 from sb3_rfm.posterior import PosteriorMeanEstimator
 
@@ -41,14 +41,15 @@ class Replayed:
         prediction: Tensor = self.model.actor.predict_data(self.encoded_actor, x_t, t)
         return prediction
 
-    def log_prob(self, u: Tensor, reduced: bool = False) -> Tensor:
+    def log_prob(self, u: Tensor, temperature: float, reduced: bool = False) -> Tensor:
         """Log-density of the Boltzmann policy, (B, K, D) → (B, K).
 
         :param u: Latents
+        :param temperature: λ
         :param reduced: Evaluate the critics in bfloat16
         """
         q: Tensor = self.model.critic.split_q(self.encoded, squash(u), reduced)
-        return q / self.model.policy.temperature + log_sech2(u).sum(-1)
+        return q / temperature + log_sech2(u).sum(-1)
 
 
 def in_use(n_candidates: int) -> PosteriorMeanEstimator:
@@ -65,21 +66,22 @@ def rounding(
     :param candidates: Numbers K of candidates
     :param times: t
     :param n_states: States at which it is estimated
-    :return: For each K and t, the mean squared error of the data mean in float32 (against 2,000 candidates), and the mean
-        squared difference that evaluating the same candidates in bfloat16 makes
+    :return: For each temperature, K and t, the mean squared error of the data mean in float32 (against 2,000 candidates),
+        and the mean squared difference that evaluating the same candidates in bfloat16 makes
     """
     states, rows = Replayed(model, n_states), []
-    for n, value in itertools.product(candidates, times):
+    for temperature, n, value in itertools.product(temperatures(model), candidates, times):
         t = torch.full((n_states,), value)
         x_t = states.points(t)
         guess = states.guess(x_t, t)
         estimator, many = in_use(n), in_use(2_000)
         drawn = estimator.draw(x_t, t, guess=guess)
-        exact = estimator.estimate(states.log_prob, x_t, t, drawn).x1
-        rounded = estimator.estimate(partial(states.log_prob, reduced=True), x_t, t, drawn).x1
-        truth = many.estimate(states.log_prob, x_t, t, many.draw(x_t, t, guess=guess)).x1
+        log_prob = partial(states.log_prob, temperature=temperature)
+        exact = estimator.estimate(log_prob, x_t, t, drawn).x1
+        rounded = estimator.estimate(partial(log_prob, reduced=True), x_t, t, drawn).x1
+        truth = many.estimate(log_prob, x_t, t, many.draw(x_t, t, guess=guess)).x1
         error, difference = ((x - exact).square().sum(-1).mean().item() for x in (truth, rounded))
-        rows.append({"K": n, "t": value, "mse": error, "squared difference": difference})
+        rows.append({"temperature": temperature, "K": n, "t": value, "mse": error, "squared difference": difference})
     return rows
 
 
@@ -92,14 +94,14 @@ def seconds(model: Any, contenders: Sequence[tuple[str, int, Any]], n_states: in
     :param n_rounds: Number of rounds
     """
     states, t = Replayed(model, n_states), torch.linspace(0.05, 0.95, n_states)
-    x_t = states.points(t)
+    x_t, log_prob = states.points(t), partial(states.log_prob, temperature=float(model.policy.temperature))
 
     def once(kind: str, n: int, coefficient: Any) -> float:
         data_scale, points = 1.0 if KINDS[kind].localised else None, KINDS[kind].points
         estimator = PosteriorMeanEstimator(PATH, n, coefficient, data_scale=data_scale, points=points)
         began = time.perf_counter()
         guess = states.guess(x_t, t) if KINDS[kind].guess else None
-        estimator.estimate(states.log_prob, x_t, t, estimator.draw(x_t, t, guess=guess))
+        estimator.estimate(log_prob, x_t, t, estimator.draw(x_t, t, guess=guess))
         return time.perf_counter() - began
 
     rounds = [[once(*contender) for contender in contenders] for _ in range(n_rounds + 1)]
