@@ -84,7 +84,7 @@ class FlowActorCritic(PersistentAlgorithm):
         independent of the reward's scale; ``"auto"`` is ``"auto_0.05"``
     :param n_candidates: Candidates K at which Q (and its gradient) is evaluated for each ``x_t``, by one of the critics
     :param coefficient: Control-variate coefficient in noise coordinates, where the algorithm leaves a choice
-    :param path: ``"cond_ot"``, ``"cosine"``, ``"linear_vp"`` or ``"ve"``
+    :param path: ``"cond_ot"``, ``"cosine"``, ``"linear_vp"``, ``"ve"`` or a :class:`~sb3_rfm.paths.Path`
     :param source: Where the flow starts: ``"gaussian"``, a ``torch.distributions`` distribution on R^D or a
         :class:`~sb3_rfm.sources.Source`; another than the Gaussian goes with ``sampler="ode"`` alone
     :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"`` dynamics at the last noise level
@@ -97,7 +97,8 @@ class FlowActorCritic(PersistentAlgorithm):
     :param max_grad_norm: Largest norm of a gradient of actor or critic; None for no clipping
     :param execution: How updates and actions are computed: ``"auto"``, ``"eager"``, ``"compile"`` or ``"cuda_graph"``; see
         :mod:`sb3_rfm.execution`
-    :param precision: Precision in which candidates are evaluated: ``"auto"``, ``"float32"`` or ``"bfloat16"``
+    :param precision: Precision in which candidates are evaluated, and actions drawn in updates: ``"auto"``, ``"float32"`` or
+        ``"bfloat16"``; actions that are taken are computed in float32
     :param stats_window_size: Episodes over which rollout statistics are averaged
     :param tensorboard_log: Where to write TensorBoard logs
     :param policy_kwargs: Keyword arguments of the policy, see :class:`~sb3_rfm.policies.FlowPolicy`

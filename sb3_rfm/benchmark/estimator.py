@@ -2,9 +2,10 @@
 
 .. code-block:: bash
 
-    python -m sb3_rfm.benchmark.estimator --critic dm_control/cheetah-run-v0          # writes docs/results/estimator/
-    python -m sb3_rfm.benchmark.estimator --critic dm_control/cheetah-run-v0 --clock  # then times it, on a quiet machine
-    python -m sb3_rfm.benchmark.estimator --critic dm_control/cheetah-run-v0 --rounding  # what bfloat16 does to it
+    python -m sb3_rfm.benchmark.estimator                                                   # writes docs/results/estimator/
+    python -m sb3_rfm.benchmark.estimator --densities --critic ENV --output FOLDER          # on the critic of a trained agent
+    python -m sb3_rfm.benchmark.estimator --critic ENV --output FOLDER --clock              # then times it, on a quiet machine
+    python -m sb3_rfm.benchmark.estimator --critic ENV --output FOLDER --rounding           # what bfloat16 does to it
     python -m sb3_rfm.benchmark.estimator --densities crescents --update         # measures one density again
     python -m sb3_rfm.benchmark.estimator --rows 32 --candidates 16 32 --densities crescents --output runs/estimator
 
