@@ -111,6 +111,9 @@ class Executor:
         self.mode = mode
         self.report = report
 
+    def __reduce__(self) -> Any:
+        return Executor, ()  # a copy of a model runs its functions as written, until it learns
+
     def prepare(self, function: Callable[..., T], module: nn.Module) -> Callable[..., T]:
         """Make ``function`` run in this mode.
 

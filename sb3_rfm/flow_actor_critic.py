@@ -12,6 +12,7 @@ The policy aimed at is ``pi(a|s) ∝ exp(Q(s, a) / temperature)``. In the latent
 Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), algorithm 1.
 """
 
+import inspect
 from abc import abstractmethod
 from typing import Any, ClassVar, TypeVar
 
@@ -22,7 +23,6 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFrequencyUnit
-from stable_baselines3.common.utils import get_parameters_by_name
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -215,9 +215,8 @@ class FlowActorCritic(PersistentAlgorithm):
         self.policy.configure_sampling(
             self.path, self.source, self.sampler, self.integration_steps, self.n_particles, self.t_min
         )
-        self._temperature_fraction = parse_auto_temperature(self.temperature)
-        if self._temperature_fraction is None:
-            self.policy.temperature.fill_(float(self.temperature))
+        self._temperature_share = parse_auto_temperature(self.temperature)
+        self._fix_temperature()
         self._path = get_path(self.path)
         self.actor = self.policy.actor
         self.critic = self.policy.critic
@@ -225,12 +224,23 @@ class FlowActorCritic(PersistentAlgorithm):
         self._reduced = resolve_precision(self.precision, self.device)
         self._prepare_functions(Executor(resolve_mode(self.execution, self.device, n_updates=0), self._inform))
         self._trained = self._trained_parameters()  # walking the modules in every update is not free
-        self._polyak_tensors = (
-            [p.data for p in self.critic.parameters()],
-            [p.data for p in self.critic_target.parameters()],
-            get_parameters_by_name(self.critic, ["running_"]),
-            get_parameters_by_name(self.critic_target, ["running_"]),
+        # The parameters themselves, not their data: those stay the model's own when it is copied or its data replaced.
+        self._polyak_tensors: tuple[list[Tensor], ...] = (
+            list(self.critic.parameters()),
+            list(self.critic_target.parameters()),
+            _running_statistics(self.critic),
+            _running_statistics(self.critic_target),
         )
+
+    def _fix_temperature(self) -> None:
+        """Have the policy know the temperature where it is an argument, and not learned."""
+        if self._temperature_share is None:
+            self.policy.temperature.fill_(float(self.temperature))
+
+    def set_parameters(self, *args: Any, **kwargs: Any) -> None:
+        """Load parameters; see SB3's ``BaseAlgorithm.set_parameters``. A temperature given as a number stays as it is."""
+        super().set_parameters(*args, **kwargs)
+        self._fix_temperature()
 
     def _prepare_functions(self, executor: Executor) -> None:
         """Have the functions that take the time run by ``executor``."""
@@ -282,6 +292,8 @@ class FlowActorCritic(PersistentAlgorithm):
             raise ValueError(f"t_min must lie strictly between 0 and 1/2, got {self.t_min!r}.")
         if self.max_grad_norm is not None and not (is_number(self.max_grad_norm) and self.max_grad_norm > 0):
             raise ValueError(f"max_grad_norm must be None or a positive number, got {self.max_grad_norm!r}.")
+        if misplaced := sorted(self.policy_kwargs.keys() & inspect.signature(FlowPolicy.configure_sampling).parameters.keys()):
+            raise ValueError(f"policy_kwargs must not have {', '.join(misplaced)}: pass it to {type(self).__name__} itself.")
         get_path(self.path)
         check_sampler(self.sampler, get_source(self.source))
         check_execution(self.execution, self.precision)
@@ -297,10 +309,10 @@ class FlowActorCritic(PersistentAlgorithm):
         history: list[Tensor] = []
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-            update_reward_scale(self.policy, batch.rewards, self._temperature_fraction is not None)
+            update_reward_scale(self.policy, batch.rewards, self._temperature_share is not None)
             metrics = self._update_networks(batch)
-            if self._temperature_fraction is not None:
-                update_temperature(self.policy, metrics["action_spread"], self._temperature_fraction, self._n_updates)
+            if self._temperature_share is not None:
+                update_temperature(self.policy, metrics["action_spread"], self._temperature_share, self._n_updates)
             metrics["temperature"] = self.policy.temperature.clone()
             self._update_target_critic()
             self._n_updates += 1
@@ -524,7 +536,10 @@ class FlowActorCritic(PersistentAlgorithm):
         )
 
     def settled_arguments(self) -> dict[str, Any]:
-        return {"execution": self._executor.mode}  # "auto" chose it by the length of the whole run
+        settled: dict[str, Any] = {"execution": self._executor.mode}  # "auto" chose it by the length of the whole run
+        if self._temperature_share is not None:
+            settled["temperature"] = f"auto_{self._temperature_share}"  # another version may have another default
+        return settled
 
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "critic", "critic_target", "_path", "_polyak_tensors", "_trained"]
@@ -538,3 +553,8 @@ class FlowActorCritic(PersistentAlgorithm):
 def _trainable(*features: Tensor) -> list[Tensor]:
     """The features whose extractors are trained."""
     return [tensor for tensor in features if tensor.requires_grad]
+
+
+def _running_statistics(critic: QCritic) -> list[Tensor]:
+    """What batch normalisation has seen."""
+    return [buffer for name, buffer in critic.named_buffers() if "running_" in name]

@@ -1,6 +1,9 @@
 """Behaviour of the four algorithms, from outside."""
 
+import copy
 import inspect
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -239,9 +242,32 @@ def test_each_state_asks_one_of_the_critics_about_its_candidates() -> None:
     model = RFM("MlpPolicy", Spring(), **TINY | {"policy_kwargs": {"net_arch": [8], "n_critics": 3}})
     encoded = model.critic.encode(model.critic.features(th.randn(7, 2)))
     actions = 2 * th.rand(7, 4, 2) - 1
-    asked = th.tensor([0, 0, 0, 1, 1, 2, 2])
+    asked = th.tensor([0, 1, 2, 0, 1, 2, 0])
     expected = model.critic.q_values(encoded, actions)[asked, th.arange(7)]
     th.testing.assert_close(model.critic.split_q(encoded, actions), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_copy_learns_as_the_original(algorithm: type[FlowActorCritic], copied: Callable[[Any], Any]) -> None:
+    model = algorithm("MlpPolicy", "Pendulum-v1", **TINY).learn(20)
+    other = copied(model)
+    for learner in (model, other):
+        th.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        learner.train(10, 16)
+    for name, tensor in model.policy.state_dict().items():
+        th.testing.assert_close(other.policy.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_the_target_critic_follows_replaced_parameters() -> None:
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY, tau=0.5).learn(20)
+    model.policy.load_from_vector(model.policy.parameters_to_vector() + 1.0)
+    online, target = (critic.q_networks[0].output_layer.weight.detach() for critic in (model.critic, model.critic_target))
+    online += 2.0
+    expected = (online + target) / 2
+    model._update_target_critic()
+    th.testing.assert_close(target, expected)
 
 
 # Source
