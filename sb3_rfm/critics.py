@@ -75,7 +75,8 @@ class QCritic(BaseModel):
 
         :param encoded: Result of :meth:`encode`
         :param actions: (B, D) or (B, K, D), in [-1, 1]
-        :param reduced: Compute what distinguishes the K actions in bfloat16, see :meth:`ConditionalMLP.decode_differences`
+        :param reduced: Compute what distinguishes the K actions in bfloat16, see :meth:`ConditionalMLP.decode_differences`;
+            for (B, K, D) only
         :return: (n_critics, B) or (n_critics, B, K)
         """
         return self.scale * th.stack([self._answer(i, e, actions, reduced) for i, e in enumerate(encoded)])
@@ -85,17 +86,18 @@ class QCritic(BaseModel):
         return self.q_values(encoded, actions, reduced).amin(0)
 
     def split_q(self, encoded: list[Tensor], actions: Tensor, reduced: bool = False) -> Tensor:
-        """Q-values of which each state's come from one of the critics: the first share of the states asks the first critic,
-        and so on. An average over the states is an average over the critics, at the price of one.
+        """Q-values of which each state's come from one of the critics, which take turns along the batch. An average over the
+        states is an average over the critics, at the price of one.
 
         :param encoded: Result of :meth:`encode`
         :param actions: (B, D) or (B, K, D), in [-1, 1]
         :param reduced: See :meth:`q_values`
         :return: (B,) or (B, K)
         """
-        shares = zip(*(tensor.tensor_split(self.n_critics) for tensor in [actions, *encoded]), strict=True)
-        values = [self._answer(i, share[1 + i], share[0], reduced) for i, share in enumerate(shares)]
-        return self.scale * th.cat(values)
+        n = self.n_critics
+        values = th.cat([self._answer(i, e[i::n], actions[i::n], reduced) for i, e in enumerate(encoded)])
+        turns = th.cat([th.arange(i, len(actions), n, device=actions.device) for i in range(n)])
+        return self.scale * values[turns.argsort()]
 
     def _answer(self, index: int, encoded: Tensor, actions: Tensor, reduced: bool) -> Tensor:
         """What one network says, in its own units."""

@@ -49,7 +49,8 @@ def action_spread(critic: QCritic, encoded_q: list[Tensor], action_dim: int, n_s
     :param n_states: States that are looked at
     :return: A scalar, in units of the reward
     """
-    encoded = [e[:n_states] for e in encoded_q]
+    # From all over the batch: replay buffers with goals put transitions of one kind first.
+    encoded = [e[:: max(1, len(e) // n_states)][:n_states] for e in encoded_q]
     actions = 2 * th.rand(len(encoded[0]), 2, action_dim, device=encoded[0].device) - 1
     q_1, q_2 = critic.min_q(encoded, actions).unbind(dim=1)
     return (q_1 - q_2).abs().mean()

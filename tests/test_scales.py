@@ -5,6 +5,7 @@ import math
 import gymnasium as gym
 import pytest
 import torch as th
+from tiny import TINY
 
 from sb3_rfm import RFM
 from sb3_rfm.scales import action_spread, update_temperature
@@ -17,6 +18,23 @@ class Linear:
 
     def min_q(self, encoded: list[th.Tensor], actions: th.Tensor) -> th.Tensor:
         return encoded[0] * actions.sum(-1)
+
+
+def test_the_spread_is_that_of_the_whole_batch() -> None:
+    """Replay buffers with goals put transitions of one kind first: of these, only the last half knows a difference."""
+    slopes = th.ones(4 * N_STATES)
+    slopes[: 2 * N_STATES] = 0.0
+    th.manual_seed(0)
+    spread = action_spread(Linear(), [slopes[:, None]], 1, N_STATES).item()  # type: ignore[arg-type]
+    variance = 0.5 * (2 / 9 + (2 / 3) ** 2) - (1 / 3) ** 2
+    assert spread == pytest.approx(1 / 3, abs=4 * math.sqrt(variance / N_STATES))
+
+
+@pytest.mark.parametrize(("temperature", "share"), [("auto", 0.05), ("auto_0.4", 0.4)])
+def test_learning_ends_at_the_share_of_the_spread(temperature: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_rfm.flow_actor_critic.action_spread", lambda *_: th.tensor(3.0))
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY, temperature=temperature).learn(20)
+    assert model.policy.temperature.item() == pytest.approx(3.0 * share)
 
 
 def spread_of(slopes: th.Tensor, action_dim: int) -> float:
