@@ -106,7 +106,8 @@ class RunCheckpoint(BaseCallback):
     :param name_prefix: Their name before the number of steps
     :param keep_last: How many to keep; None for all
     :param verbose: 2 → say when a checkpoint is written
-    :raises ValueError: for arguments out of range
+    :raises ValueError: for arguments out of range, and when training starts in a folder that has checkpoints of a later step,
+        which are another run's
     """
 
     def __init__(
@@ -127,9 +128,16 @@ class RunCheckpoint(BaseCallback):
         self.name_prefix = name_prefix
         self.keep_last = keep_last
         self._last_save = 0
+        self._is_between_rollouts = True
 
     def _init_callback(self) -> None:
         self.save_path.mkdir(parents=True, exist_ok=True)
+        for path in checkpoints(self.save_path, self.name_prefix):
+            if steps_of(path) > self.model.num_timesteps:
+                raise ValueError(
+                    f"{path} is a checkpoint of another run, since this one is at step {self.model.num_timesteps}: "
+                    "resume that run, or choose another folder."
+                )
         for left_over in self.save_path.glob(f".{self.name_prefix}_*.unfinished"):
             left_over.unlink()
         self._last_save = self.n_calls
@@ -146,15 +154,19 @@ class RunCheckpoint(BaseCallback):
             )
 
     def _on_step(self) -> bool:
+        self._is_between_rollouts = False  # a transition is on its way to the buffer
         return True
 
+    def _on_rollout_end(self) -> None:
+        self._is_between_rollouts = True
+
     def _on_rollout_start(self) -> None:
-        # Between two rollouts no transition is on its way to the buffer.
         if self.n_calls - self._last_save >= self.save_freq:
             self._save()
 
     def _on_training_end(self) -> None:
-        self._save()
+        if self._is_between_rollouts:  # else a callback has ended training in the middle of a step
+            self._save()
 
     def _save(self) -> None:
         self._last_save = self.n_calls
@@ -168,15 +180,25 @@ class RunCheckpoint(BaseCallback):
                 old.unlink()
 
 
-def checkpoints(folder: str | Path, name_prefix: str = "checkpoint") -> list[Path]:
+def checkpoints(folder: str | Path, name_prefix: str | None = "checkpoint") -> list[Path]:
     """Checkpoints in a folder, the oldest first.
 
     :param folder: Folder
-    :param name_prefix: As given to :class:`RunCheckpoint`
+    :param name_prefix: As given to :class:`RunCheckpoint`; None for any
     """
-    pattern = re.compile(re.escape(name_prefix) + r"_(\d+)_steps\.zip")
-    found = [(int(match[1]), path) for path in Path(folder).iterdir() if (match := pattern.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    name = ".+" if name_prefix is None else re.escape(name_prefix)
+    found = [path for path in Path(folder).iterdir() if re.fullmatch(name + r"_\d+_steps\.zip", path.name)]
+    return sorted(filter(_has_description, found) if name_prefix is None else found, key=steps_of)
+
+
+def steps_of(path: Path) -> int:
+    """Environment steps of a checkpoint, by its name."""
+    return int(path.name.split("_")[-2])
+
+
+def _has_description(path: Path) -> bool:
+    """Whether a file is a checkpoint, and not a model that SB3's ``CheckpointCallback`` saved."""
+    return zipfile.is_zipfile(path) and "run.json" in zipfile.ZipFile(path).namelist()
 
 
 def make_rewindable(env: VecEnv) -> bool:
@@ -275,7 +297,14 @@ def plain_env(description: dict[str, Any], name: str) -> VecEnv:
     if env_id not in gym.registry:
         reason = f"'{env_id}' is not registered" if env_id else "they have arguments or wrappers"
         raise ValueError(f"The environments of {name} cannot be made from the file alone ({reason}): pass env=...")
-    return DummyVecEnv([lambda: Monitor(gym.make(env_id, render_mode="rgb_array"))] * description["n_envs"])
+
+    def make() -> gym.Env:
+        try:  # as SB3 makes an environment of its name
+            return Monitor(gym.make(env_id, render_mode="rgb_array"))
+        except TypeError:
+            return Monitor(gym.make(env_id))
+
+    return DummyVecEnv([make] * description["n_envs"])
 
 
 def restore_env(env: VecEnv, state: dict[str, Any]) -> None:
@@ -377,6 +406,9 @@ def _plain_env_id(env: VecEnv) -> str | None:
         return None
     specs = [inner.spec for inner in base.envs]
     if any(spec is None or spec.kwargs.keys() - {"render_mode"} or spec.id != specs[0].id for spec in specs):  # type: ignore[union-attr]
+        return None
+    registered = gym.registry.get(specs[0].id)  # type: ignore[union-attr]
+    if registered is None or any(spec.max_episode_steps != registered.max_episode_steps for spec in specs):  # type: ignore[union-attr]
         return None
     wrappers = {wrapper.name for spec in specs for wrapper in spec.additional_wrappers}  # type: ignore[union-attr]
     return specs[0].id if wrappers <= {Monitor.__name__, Rewindable.__name__} else None  # type: ignore[union-attr]

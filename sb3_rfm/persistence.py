@@ -127,7 +127,7 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         """
         path = pathlib.Path(path)
         if path.is_dir():
-            found = checkpoint.checkpoints(path)
+            found = checkpoint.checkpoints(path, name_prefix=None)
             if not found:
                 raise FileNotFoundError(f"There is no checkpoint in {path}.")
             path = found[-1]
@@ -166,7 +166,7 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
         noise = copy.deepcopy(self.action_noise)
         result = super()._setup_learn(total_timesteps, *args, **kwargs)
-        if self.num_timesteps > 0:
+        if self.num_timesteps > 0 and type(noise) is type(self.action_noise):  # it may have been made for more environments
             # Where the run goes on in the middle of an episode, so does the noise, which SB3 has just reset.
             self.action_noise = noise
         return result

@@ -185,6 +185,7 @@ ARGUMENTS = [
     network("layer_norm", layer_norm="yes"),
     network("activation_fn", activation_fn="relu"),
     network("optimizer_class", optimizer_class="adam"),
+    network("pass it to RFM itself", n_particles=8),
     Case("policy `'Mlp'`", lambda _: make(policy="Mlp"), "'MlpPolicy', 'CnnPolicy', 'MultiInputPolicy'"),
     Case("policy `SACPolicy`", lambda _: make(policy=SACPolicy), "SACPolicy"),
     Case("policy `None`", lambda _: make(policy=None), "None"),
@@ -321,6 +322,11 @@ MODELS = [
 ]
 
 RUNS = [
+    Case(
+        "`RunCheckpoint` in the folder of another run",
+        lambda files: make().learn(5, callback=RunCheckpoint(5, files.folder)),
+        "another run",
+    ),
     Case("`resume` of no folder", lambda files: RFM.resume(files / "nowhere"), "nowhere", FileNotFoundError),
     Case("… a folder without checkpoints", lambda files: RFM.resume(files / "empty"), "no checkpoint", FileNotFoundError),
     Case("… a text", lambda files: RFM.resume(files.write("letter.zip", b"Dear reader")), "letter.zip is not a checkpoint"),

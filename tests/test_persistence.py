@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.utils import LinearSchedule
@@ -56,6 +57,15 @@ def test_a_loaded_model_acts_and_learns_as_the_saved_one(algorithm: Any, tmp_pat
     assert loaded.policy.temperature == model.policy.temperature
     loaded.learn(20)
     assert os.path.getsize(tmp_path / "model.zip") < 200_000
+
+
+@pytest.mark.parametrize("how", ["argument", "custom object"])
+def test_a_temperature_given_to_load_counts(how: str, tmp_path: Path) -> None:
+    for saved in (0.02, "auto"):
+        RFM("MlpPolicy", "Pendulum-v1", **TINY, temperature=saved).learn(20).save(tmp_path / "model")
+        given: Any = {"temperature": 0.5} if how == "argument" else {"custom_objects": {"temperature": 0.5}}
+        loaded = RFM.load(tmp_path / "model", env=gym.make("Pendulum-v1"), **given).learn(20)
+        assert loaded.policy.temperature.item() == 0.5
 
 
 @pytest.mark.parametrize(
@@ -385,6 +395,62 @@ def test_resume_makes_plain_environments_itself(tmp_path: Path) -> None:
         QNE.resume(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         RFM.resume(tmp_path.parent)
+
+
+def test_what_auto_stood_for_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version may have another default; the run goes on with its own."""
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY)
+    model.learn(40, callback=RunCheckpoint(20, tmp_path, keep_last=None))
+    monkeypatch.setattr("sb3_rfm.arguments.AUTO_TEMPERATURE", 3.0)
+    resumed = RFM.resume(checkpoints(tmp_path)[0])
+    resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False)
+    assert state(resumed) == state(model)
+
+
+def test_plain_environments_are_what_they_were(tmp_path: Path) -> None:
+    class Count(gym.Env):  # has no render_mode
+        observation_space, action_space = gym.spaces.Box(0, 99, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+            super().reset(**kwargs)
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            return np.ones(1, np.float32), 0.0, False, False, {}
+
+    gym.register("Count-v0", Count, max_episode_steps=9)
+    try:
+        RFM("MlpPolicy", "Count-v0", **TINY).learn(20, callback=RunCheckpoint(20, tmp_path / "plain"))
+        assert RFM.resume(tmp_path / "plain").num_timesteps == 20
+    finally:
+        del gym.registry["Count-v0"]
+    shorter = gym.make("Pendulum-v1", max_episode_steps=15)
+    RFM("MlpPolicy", shorter, **TINY).learn(20, callback=RunCheckpoint(20, tmp_path / "shorter"))
+    with pytest.raises(ValueError, match="pass env="):
+        RFM.resume(tmp_path / "shorter")
+
+
+def test_training_that_a_callback_ends_leaves_no_half_step(tmp_path: Path) -> None:
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.num_timesteps < 25
+
+    RFM("MlpPolicy", "Pendulum-v1", **TINY).learn(60, callback=[RunCheckpoint(20, tmp_path), Stop()])
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint_20_steps.zip"]
+
+
+def test_resume_finds_checkpoints_of_any_name(tmp_path: Path) -> None:
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY)
+    model.learn(20, callback=[RunCheckpoint(20, tmp_path, "mine"), CheckpointCallback(15, str(tmp_path))])
+    model.save(tmp_path / "other_99_steps.zip")
+    assert RFM.resume(tmp_path).num_timesteps == 20
+
+
+def test_action_noise_is_made_for_more_environments(tmp_path: Path) -> None:
+    noise = NormalActionNoise(np.zeros(1), np.ones(1))
+    RFM("MlpPolicy", "Pendulum-v1", **TINY, action_noise=noise).learn(20).save(tmp_path / "m")
+    env = DummyVecEnv([lambda: gym.make("Pendulum-v1", max_episode_steps=5)] * 3)
+    RFM.load(tmp_path / "m", env=env).learn(40, reset_num_timesteps=False)
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
