@@ -157,9 +157,15 @@ class FlowActor(BoundedPolicy):
         """Choose how latents are drawn from the flow; see the class for the parameters."""
         self.path, self.sampler, self.integration_steps, self.t_min = path, sampler, integration_steps, t_min
         self.source = source
-        self._path, self._source = get_path(path), copy.deepcopy(get_source(source))  # compilers leave marks on tensors
+        # A copy: compilers leave marks on tensors.
+        self._path, self._source = get_path(path), copy.deepcopy(get_source(source)).to(self.device)
         check_sampler(sampler, self._source)
         self.register_buffer("times", time_grid(integration_steps, t_min, device=self.device), persistent=False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FlowActor":
+        super()._apply(*args, **kwargs)  # moves parameters and buffers
+        self._source = self._source.to(self.device)
+        return self
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

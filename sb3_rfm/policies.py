@@ -114,9 +114,13 @@ class FlowPolicy(BoundedPolicy):
     ) -> None:
         """Choose how actions are drawn from the flow; see the class for the parameters."""
         self.actor.configure_sampling(path, source, sampler, integration_steps, t_min)
+        self.set_particles(n_particles)
+
+    def set_particles(self, n_particles: int) -> None:
+        """Choose among ``n_particles`` when acting."""
         self.n_particles = n_particles
         # The deterministic policy is a function of observation and weights alone: its noise never changes.
-        shape, source = (n_particles, get_action_dim(self.action_space)), get_source(source)
+        shape, source = (n_particles, get_action_dim(self.action_space)), get_source(self.actor.source)
         noise = source.sample(shape, th.empty(0), th.Generator().manual_seed(0))
         noise[0] = source.centre(noise[0])
         self.register_buffer("fixed_noise", noise.to(self.device), persistent=False)

@@ -30,7 +30,8 @@ class RFM(FlowActorCritic):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        source = get_source(copy.deepcopy(self.source))  # compilers leave marks on tensors, which would be saved
+        # A copy: compilers leave marks on tensors, which would be saved.
+        source = get_source(copy.deepcopy(self.source)).to(self.device)
         points: PointSet = "antithetic" if source.has_quantiles else "independent"
         self.estimator = PosteriorMeanEstimator(
             self.path, self.n_candidates, self.coefficient, source, LATENT_SCALE, points=points

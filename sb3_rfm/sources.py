@@ -10,10 +10,11 @@ Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), section 3, 
 import copy
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform
 
 
 class Source(ABC):
@@ -35,6 +36,10 @@ class Source(ABC):
         :param generator: Source of randomness; torch's global one by default
         :return: Samples, (..., D)
         """
+
+    def to(self, device: torch.device | str) -> "Source":
+        """The source with its parameters on a device."""
+        return self
 
     def centre(self, like: Tensor) -> Tensor:
         """A typical point, where a deterministic policy starts: one fixed sample, unless a source knows better.
@@ -114,6 +119,9 @@ class DistributionSource(Source):
         if math.isfinite(variance):  # heavy tails may have none; they decide where candidates are drawn, and no more
             self.mean, self.variance = mean, variance
 
+    def to(self, device: torch.device | str) -> "DistributionSource":
+        return _moved(self, device)
+
     def sample(self, shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         own = self.distribution.batch_shape + self.distribution.event_shape
         if own and own[0] != shape[-1]:
@@ -122,7 +130,7 @@ class DistributionSource(Source):
         if generator is None:
             return self.distribution.sample(sample_shape).to(like)
         # torch.distributions draw from the global generator only: seed it from ours, and leave it as it was.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
             return self.distribution.sample(sample_shape).to(like)
 
@@ -167,6 +175,18 @@ def _without_checks(distribution: Distribution) -> Distribution:
         if isinstance(part, Distribution):
             setattr(distribution, name, _without_checks(part))
     return distribution
+
+
+def _moved(part: Any, device: torch.device | str) -> Any:
+    """A copy with all tensors on a device."""
+    if isinstance(part, Tensor):
+        return part.to(device)
+    if isinstance(part, (list, tuple)):
+        return type(part)(_moved(item, device) for item in part)
+    if isinstance(part, (Source, Distribution, Transform)):
+        part = copy.copy(part)
+        vars(part).update({name: _moved(value, device) for name, value in vars(part).items()})
+    return part
 
 
 def _has_quantiles(distribution: Distribution) -> bool:

@@ -24,7 +24,7 @@ from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec
 from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.runner import Sweep, plan
 from sb3_rfm.benchmark.suites import DMC8, SETTINGS, Setting, get_algorithm, get_setting, get_tasks, make_env, parse_overrides
-from sb3_rfm.benchmark.worker import BUSY, STOPPED, Evaluator, build_model
+from sb3_rfm.benchmark.worker import BUSY, STOPPED, Evaluator, Recorder, build_model
 
 # Statistics
 
@@ -135,6 +135,35 @@ def test_baselines_have_their_own_choice_among_particles_or_that_of_rfm() -> Non
         assert particles(f"{algo}:paper-particles") == particles("rfm:paper")
         own, other = SETTINGS[f"{algo}:paper"].arguments, SETTINGS[f"{algo}:paper-particles"].arguments
         assert {key for key in other if other[key] != own.get(key)} == {"n_particles", "n_target_particles"}
+
+
+def test_lists_from_json_become_what_the_algorithm_takes(tmp_path: Path) -> None:
+    arguments = {"train_freq": (1, "episode"), **TINY}
+    folder = RunFolder.create(tmp_path, spec(arguments=arguments))
+    model = build_model(folder, folder.spec, get_setting("rfm", folder.spec.arguments))
+    assert model.train_freq.unit.value == "episode"  # type: ignore[union-attr]
+
+
+def test_a_run_that_is_asked_for_twice_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("sb3_rfm.benchmark.runner.Sweep.run", lambda self: asked.append(len(self.folders)))
+    command = ["run", "--suite", "Pendulum-v1", "classic", "--algos", "rfm", "sac", "rfm", "--seeds", "1", "--steps", "10"]
+    main([*command, "--out", str(tmp_path)])
+    assert asked == [4]
+
+
+def test_repeated_evaluations_are_no_training(tmp_path: Path) -> None:
+    """20 s of training and 50 s of evaluation by step 100, killed, resumed from step 50: the clock goes on from there."""
+    folder = RunFolder.create(tmp_path, spec())
+    folder.write_evaluations([Evaluation(50, 30.0, 10.0, [0.0]), Evaluation(100, 70.0, 20.0, [0.0])])
+    folder.set_status(state="running", step=100, wall_clock=70.0)
+    recorder = Recorder(folder, lambda *_: [0.0], 10)  # type: ignore[arg-type]
+    recorder.continue_from(50)
+    assert [e.step for e in recorder.evaluations] == [50]
+    assert recorder.seconds - recorder.evaluation_seconds == pytest.approx(20.0, abs=1.0)
+    anew = Recorder(folder, lambda *_: [0.0], 10)  # type: ignore[arg-type]
+    anew.continue_from(0)
+    assert not anew.evaluations and anew.seconds < 1.0
 
 
 # The results folder

@@ -46,6 +46,15 @@ def test_the_score_is_the_gradient_of_the_log_density(source: Source) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+def test_a_source_moves_with_all_its_parameters(source: Source) -> None:
+    """To a device that any machine has: it knows shapes only, and refuses numbers of another device."""
+    moved = source.to("meta")
+    x = torch.zeros(3, 2, dtype=torch.float64, device="meta")
+    assert moved.log_prob(x).shape == (3,) and moved.score(x).shape == (3, 2)
+    assert source.log_prob(torch.zeros(3, 2, dtype=torch.float64)).device.type == "cpu"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
 def test_stein_identity_holds_for_the_samples(source: Source) -> None:
     """E[score] = 0 and E[x . score] = -D: ties samples, density and score together."""
     generator = torch.Generator().manual_seed(0)

@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
         engine = RayEngine(args.threads, args.gpus, options)
     else:
         engine = LocalEngine(args.jobs, args.threads, options)
-    folders = [RunFolder.create(args.out, spec) for spec in specs]
-    return 1 if Sweep(folders, engine).run() else 0
+    folders = {folder.path: folder for folder in (RunFolder.create(args.out, spec) for spec in specs)}  # each run once
+    return 1 if Sweep(list(folders.values()), engine).run() else 0
 
 
 def report(args: argparse.Namespace) -> int:

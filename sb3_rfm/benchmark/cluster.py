@@ -37,6 +37,7 @@ class RayEngine:
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False)
         self.threads = threads
+        self.gpus = gpus
         self.options = list(options)
         # A process for each run, which returns all its memory; OMP_NUM_THREADS is set by Ray to the cores of the task.
         self.task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=MAX_KILLS, max_calls=1)(run)
@@ -44,7 +45,11 @@ class RayEngine:
     @property
     def slots(self) -> int:
         """Runs that the cluster does at once, as it is now."""
-        return max(1, int(ray.cluster_resources().get("CPU", 1) // self.threads))
+        there = ray.cluster_resources()
+        slots = there.get("CPU", 1) // self.threads
+        if self.gpus:
+            slots = min(slots, there.get("GPU", 0) // self.gpus)
+        return max(1, int(slots))
 
     def start(self, folder: RunFolder) -> "RayJob":
         """Hand the run of a folder to Ray."""

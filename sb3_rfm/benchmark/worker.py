@@ -77,9 +77,7 @@ class Evaluator:
         if n_particles is None or not isinstance(model, FlowActorCritic):
             return None
         before = model.policy.n_particles
-        model.policy.configure_sampling(
-            model.path, model.source, model.sampler, model.integration_steps, n_particles, model.t_min
-        )
+        model.policy.set_particles(n_particles)
         return before
 
 
@@ -114,9 +112,12 @@ class Recorder(BaseCallback):
 
         :param step: Environment steps at its checkpoint
         """
-        self.evaluations = [e for e in self.folder.read_evaluations() if e.step <= step]
-        if self.evaluations:
-            self.evaluation_seconds = self.evaluations[-1].wall_clock - self.evaluations[-1].training_seconds
+        if step == 0:
+            return
+        done = self.folder.read_evaluations()
+        self.evaluations = [e for e in done if e.step <= step]
+        if done:  # the time of evaluations that are repeated counts as well, as does that of repeated training
+            self.evaluation_seconds = done[-1].wall_clock - done[-1].training_seconds
         self.seconds_before = self.folder.status["wall_clock"]
         self.last_checkpoint = step
 
@@ -190,6 +191,8 @@ def build_model(folder: RunFolder, spec: RunSpec, setting: Setting) -> Persisten
         size = env.action_space.shape
         assert size is not None
         arguments["action_noise"] = NormalActionNoise(np.zeros(size), np.full(size, arguments["action_noise"]))
+    if isinstance(arguments.get("train_freq"), list):  # JSON has no tuples
+        arguments["train_freq"] = tuple(arguments["train_freq"])
     return algorithm("MlpPolicy", env, seed=spec.seed, **arguments)
 
 
@@ -219,9 +222,9 @@ def run(path: Path, checkpoint_every: int = 10_000, keep_checkpoint: bool = Fals
         model.learn(spec.steps - model.num_timesteps, callback=recorder, log_interval=4, reset_num_timesteps=False)
         if keep_checkpoint:
             recorder.write_checkpoint()
-        else:
-            folder.checkpoint.unlink(missing_ok=True)
         recorder.write_status(model.num_timesteps, "finished")
+        if not keep_checkpoint:
+            folder.checkpoint.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, convert_offpolicy_params, sample_sac_params
 
-from sb3_rfm import DQS, QNE, QSM, RFM, safe_pickle
+from sb3_rfm import DQS, QNE, QSM, RFM
 
 ALGORITHMS = {"rfm": RFM, "qne": QNE, "dqs": DQS, "qsm": QSM}
 
@@ -33,8 +33,6 @@ def register() -> None:
     """
     ALGOS.update(ALGORITHMS)
     HYPERPARAMS_SAMPLER.update(dict.fromkeys(ALGORITHMS, sample_candidate_params), qsm=sample_qsm_params)
-    # `learning_rate: lin_7.3e-4` in a file becomes this class in a saved model.
-    safe_pickle.NAMES["rl_zoo3.utils"] = {"SimpleLinearSchedule"}
     # The parameters of the flow have the names of the arguments: only SAC's need converting.
     HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_offpolicy_params))
     ExperimentManager.read_hyperparameters = _read_hyperparameters_of_package  # type: ignore[method-assign]
