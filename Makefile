@@ -1,5 +1,5 @@
 # `make demo` and `make test` work on a fresh machine with Python >= 3.10 and make: the first call of either creates
-# `.venv` with the versions of constraints.txt. To use another interpreter: `make test PYTHON=python3.12`.
+# `.venv` with the versions of constraints.txt. To use another interpreter: `make clean test PYTHON=python3.12`.
 
 PYTHON ?= python3
 VENV := .venv

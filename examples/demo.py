@@ -178,7 +178,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder for the run's folder")
     parser.add_argument("--no-progress-bar", dest="progress_bar", action="store_false")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if min(args.steps, args.evaluations, args.eval_episodes) < 1:
+        parser.error("--steps, --evaluations and --eval-episodes must be at least 1")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -249,4 +252,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before training, or the second one
+        sys.exit(130)

@@ -25,6 +25,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 PACKAGES = ("sb3_rfm", "torch", "numpy", "gymnasium", "stable_baselines3", "sb3_contrib", "mujoco", "dm_control", "shimmy")
 
 
@@ -110,7 +112,8 @@ class RunFolder:
 
         Asked for with more steps than it has, a run goes on to the new end. It is never shortened.
 
-        :raises ValueError: if the folder holds a run that was asked for with other arguments
+        :raises ValueError: if the folder holds a run that was asked for with other arguments, or one that is finished and
+            cannot go on, because its checkpoint was not kept
         """
         folder = cls(root / spec.name)
         config = folder.config
@@ -122,6 +125,11 @@ class RunFolder:
             raise ValueError(
                 f"{folder.path} holds a run with {there} instead of { {key: wanted[key] for key in there} }. "
                 "Choose another results folder, or another name for the setting (algo:name)."
+            )
+        if config and steps > run["steps"] and folder.finished and not folder.checkpoint.exists():
+            raise ValueError(
+                f"{folder.path} holds a run that was finished after {run['steps']:,} steps, and cannot go on to {steps:,}: "
+                "its checkpoint was not kept (--keep-checkpoints). Choose another results folder."
             )
         if not config or steps > run["steps"]:
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -149,6 +157,20 @@ class RunFolder:
     def finished(self) -> bool:
         status = self.status
         return bool(status["state"] == "finished" and status["step"] >= self.spec.steps)
+
+    @property
+    def lock(self) -> FileLock:
+        """What the process that does the run holds."""
+        return FileLock(self.path / ".lock", timeout=0)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a process is doing the run."""
+        try:
+            with self.lock:
+                return False
+        except Timeout:
+            return True
 
     def describe(self, **what: Any) -> None:
         """Add to the configuration what the run is done with."""
@@ -203,13 +225,14 @@ def provenance() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this package is in, with ``+changes`` if files were changed since; None outside of one."""
+    """Commit of this package's checkout, with ``+changes`` if files were changed since; None outside of one."""
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # installed, it may lie in somebody else's checkout
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "..") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

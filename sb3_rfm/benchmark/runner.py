@@ -185,9 +185,13 @@ class Sweep:
         for folder in list(self.pending):
             if len(self.running) >= self.engine.jobs:
                 return
-            if time.monotonic() >= self.retry_at.get(folder.path, 0.0):
-                self.pending.remove(folder)
-                self.running[folder.path] = self.engine.start(folder)
+            if time.monotonic() < self.retry_at.get(folder.path, 0.0):
+                continue
+            if folder.is_busy:  # a process that finds that out takes seconds to start
+                self.retry_at[folder.path] = time.monotonic() + BUSY_RETRY_SECONDS
+                continue
+            self.pending.remove(folder)
+            self.running[folder.path] = self.engine.start(folder)
 
     def _collect(self) -> None:
         for folder in self.folders:

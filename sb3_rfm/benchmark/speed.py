@@ -152,14 +152,14 @@ class Subject:
         return 1 / self._time(lambda: self.model.train(1, self.conditions.sizes.batch))
 
     def steps_per_second(self) -> float:
-        """Environment steps per second of ``learn``, with an update each."""
+        """Environment steps per second of ``learn``, with an update each; the last one, which is cut short, does not count."""
         n_steps = 10
         while True:
-            started = time.perf_counter()
+            before, started = self.model._n_updates, time.perf_counter()
             self.model.learn(LONG_RUN, callback=StopAfter(n_steps), reset_num_timesteps=False)
             elapsed = time.perf_counter() - started
             if elapsed > self.conditions.seconds / 2:
-                return n_steps / elapsed
+                return (self.model._n_updates - before) / elapsed
             n_steps *= 2
 
     def latency(self) -> float:

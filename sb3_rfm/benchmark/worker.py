@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -206,7 +206,7 @@ def run(path: Path, checkpoint_every: int = 10_000, keep_checkpoint: bool = Fals
     :raises Stopped: if the process was asked to stop
     """
     folder = RunFolder(path)
-    with FileLock(path / ".lock", timeout=0):
+    with folder.lock:
         if folder.finished:
             return
         spec = folder.spec
