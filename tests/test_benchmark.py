@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ from sb3_rfm import RFM
 from sb3_rfm.benchmark import cost, figures, report, speed, statistics
 from sb3_rfm.benchmark.__main__ import main
 from sb3_rfm.benchmark.cases import Sizes
-from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec
+from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, git_commit
 from sb3_rfm.benchmark.results import Results
-from sb3_rfm.benchmark.runner import Sweep, plan
+from sb3_rfm.benchmark.runner import LocalEngine, Sweep, plan
 from sb3_rfm.benchmark.suites import DMC8, SETTINGS, Setting, get_algorithm, get_setting, get_tasks, make_env, parse_overrides
 from sb3_rfm.benchmark.worker import BUSY, STOPPED, Evaluator, Recorder, build_model
 
@@ -39,6 +40,16 @@ def test_mean_has_the_interval_of_the_t_test() -> None:
 def test_interquartile_mean_ignores_the_outer_quarters() -> None:
     scores = [np.array([0.2, -1e9, 0.4, 0.3]), np.array([0.1, 1e9, 0.35, 0.25])]
     assert statistics.interquartile_mean(scores).value == pytest.approx(np.mean([0.2, 0.25, 0.3, 0.35]))
+
+
+def test_tasks_weigh_the_same_however_many_seeds_they_have() -> None:
+    scores = np.random.default_rng(3).beta(2, 3, (10, 4))  # (runs, tasks)
+    assert statistics.interquartile_mean(list(scores.T)).value == pytest.approx(stats.trim_mean(scores.ravel(), 0.25))
+    few, many = np.array([0.0, 0.0]), np.array([1.0] * 6)
+    assert statistics.interquartile_mean([few, many]).value == pytest.approx(0.5)
+    assert statistics.performance_profile([few, many], np.array([0.5]))[0].value == pytest.approx(0.5)
+    mixed = statistics.interquartile_mean([np.array([0.1, 0.3]), np.repeat([0.2, 0.6], 4)])
+    assert mixed.low < mixed.value < mixed.high
 
 
 def test_probability_of_improvement_is_that_of_mann_and_whitney() -> None:
@@ -179,9 +190,40 @@ def test_a_folder_keeps_to_its_run(tmp_path: Path) -> None:
     assert folder.spec == spec() and folder.status["state"] == "new" and not folder.finished
     folder.set_status(state="finished", step=100)
     assert RunFolder.create(tmp_path, spec(steps=50)).finished, "a run is never shortened"
-    assert not RunFolder.create(tmp_path, spec(steps=200)).finished, "it is taken up again for more steps"
     with pytest.raises(ValueError, match="eval_episodes': 2"):
         RunFolder.create(tmp_path, spec(eval_episodes=3))
+
+
+def test_results_are_not_lost_by_asking_for_more_steps(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, spec())
+    folder.set_status(state="finished", step=100)
+    with pytest.raises(ValueError, match="finished after 100 steps"):
+        RunFolder.create(tmp_path, spec(steps=200))
+    folder.checkpoint.touch()
+    assert RunFolder.create(tmp_path, spec(steps=200)).spec.steps == 200 and not folder.finished
+
+
+def test_a_run_that_another_process_does_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine(LocalEngine):
+        def start(self, folder: RunFolder) -> Any:
+            pytest.fail("a process was started for a run that another one is doing")
+
+    folder = RunFolder.create(tmp_path, spec())
+    sweep = Sweep([folder], Engine(1, 1, []))
+    with folder.lock:
+        sweep._start()
+    assert sweep.pending == [folder]
+
+
+def test_the_commit_is_that_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed, it may lie in the checkout of a project that uses it."""
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "a"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    package = tmp_path / "installed" / "benchmark"
+    package.mkdir(parents=True)
+    (package / "records.py").touch()
+    monkeypatch.setattr("sb3_rfm.benchmark.records.__file__", str(package / "records.py"))
+    assert git_commit() is None
 
 
 def test_evaluations_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -310,7 +352,7 @@ def test_a_report_of_partial_results(tmp_path: Path) -> None:
         "|---|---|---|---|",
         "| fish-swim | 100 |  | 200 |",
         "| walker-run | 450 (400, 500) | 430 | 420 |",
-        "| interquartile mean of scores, 2 tasks | 0.333 |  | 0.310 |",
+        "| interquartile mean of scores, 2 tasks | 0.275 |  | 0.310 |",
         "| interquartile mean of scores, 1 task | 0.450 [0.400, 0.500] | 0.430 | 0.420 |",
     ]
     assert "2 runs left out, unfinished: fish-swim qne seed 0 (0 steps), fish-swim sac seed 1 (failed, 50 steps)." in page
@@ -318,6 +360,92 @@ def test_a_report_of_partial_results(tmp_path: Path) -> None:
     for sentence in ("rfm ends below qne in none of 1 task.", "rfm ends below sac in 1 of 2 tasks: fish-swim."):
         assert sentence in page and sentence in table[-1]
     assert page.count("<img") == 2 + 2 * 3
+
+
+def add_run(
+    root: Path, algo: str, returns: dict[int, float], seed: int = 0, env_id: str = "dm_control/walker-run-v0", **config: object
+) -> None:
+    """A finished run with a return at each of these steps."""
+    folder = RunFolder.create(root, spec(algo=algo, env_id=env_id, seed=seed, steps=max(returns)))
+    folder.write_evaluations([Evaluation(step, step, step, [value]) for step, value in returns.items()])
+    folder.describe(**{**vars(Setting()), **config})
+    folder.set_status(state="finished", step=max(returns))
+
+
+def write_report(root: Path) -> str:
+    """Text of the page and of the table of final returns."""
+    report.write(root, root / "report")
+    page = html.unescape((root / "report" / "report.html").read_text(encoding="utf-8"))
+    return page + (root / "report" / "final_returns.md").read_text(encoding="utf-8")
+
+
+def test_results_in_two_folders_are_no_two_runs(tmp_path: Path) -> None:
+    for machine in ("here", "there"):
+        add_run(tmp_path / machine, "rfm", {0: 0.0, 100: 10.0})
+    with pytest.raises(ValueError, match=r"here/.*seed-0 and .*there/.*seed-0 both hold rfm on .* with seed 0"):
+        Results.load(tmp_path)
+
+
+def test_a_report_compares_runs_at_the_same_step(tmp_path: Path) -> None:
+    add_run(tmp_path, "rfm", {0: 0.0, 100: 400.0, 250: 900.0})
+    add_run(tmp_path, "rfm", {0: 0.0, 100: 500.0}, seed=1)
+    add_run(tmp_path, "sac", {0: 0.0, 100: 600.0})
+    add_run(tmp_path, "sac", {0: 0.0, 100: 1.0, 250: 2.0}, env_id="dm_control/fish-swim-v0")
+    text = write_report(tmp_path)
+    assert "| walker-run | 450 (400, 500) | 600 |" in text and "| fish-swim |  | 2 |" in text
+    assert "evaluated at: walker-run at 100 (rfm 100 / 250, sac 100)." in text
+
+
+def test_results_in_common_are_at_a_step_that_all_runs_were_evaluated_at(tmp_path: Path) -> None:
+    add_run(tmp_path, "rfm", {0: 0.0, 20: 1.0, 40: 2.0, 60: 3.0, 80: 4.0})
+    add_run(tmp_path, "sac", {0: 0.0, 30: 1.0, 60: 2.0, 90: 3.0})
+    results = Results.load(tmp_path)
+    assert results.common_step == 60 and results.at(60).algos == results.at(None).algos == ["rfm", "sac"]
+    assert results.at(None).final("dm_control/walker-run-v0", "rfm") == [3.0]
+
+
+def test_a_report_names_settings_and_commits_of_one_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, arguments in enumerate(({"tau": 0.01}, {"tau": 0.02}, {"tau": 0.02})):
+        versions = {"versions": {"sb3_rfm": f"0.{seed}"}, "commit": f"c{min(seed, 1)}", "machine": {}}
+        monkeypatch.setattr("sb3_rfm.benchmark.records.provenance", lambda versions=versions: versions)
+        add_run(tmp_path, "rfm", {0: 0.0, 100: 1.0}, seed=seed, arguments=arguments)
+        add_run(tmp_path, "sac", {0: 0.0, 100: 1.0}, seed=seed) if seed else None
+    text = write_report(tmp_path)
+    assert "The runs of rfm were made with 2 settings, with 3 versions of sb3_rfm, at 2 commits." in text
+    assert "The runs of sac were made with 2 versions of sb3_rfm." in text
+    assert 'rfm: {"tau": 0.01} (1 run)' in text and 'rfm: {"tau": 0.02} (2 runs)' in text and "sac: its defaults<" in text
+
+
+def test_results_that_diverged_are_reported_as_such(tmp_path: Path) -> None:
+    for seed, last in enumerate((400.0, 500.0, float("nan"))):
+        add_run(tmp_path, "rfm", {0: 0.0, 50: 100.0, 100: last}, seed=seed)
+    add_run(tmp_path, "sac", {0: 0.0, 50: float("inf"), 100: 300.0})
+    add_run(tmp_path, "td3", {0: 0.0, 50: 100.0, 100: float("nan")})
+    text = write_report(tmp_path)
+    assert "| walker-run | 450 (400, 500, diverged) | 300 | diverged |" in text
+    assert "2 runs diverged, with a return that is not finite: walker-run rfm seed 2, walker-run td3 seed 0." in text
+    for results in (Results.load(tmp_path).at(None), Results.load(tmp_path / "report").at(None)):
+        assert results.scores("rfm", results.tasks)[0] == pytest.approx([0.4, 0.5, 0.0])
+
+
+def test_scores_are_given_where_somebody_beats_the_untrained_policy(tmp_path: Path) -> None:
+    for algo, final in (("rfm", 5.0), ("sac", 4.0)):
+        add_run(tmp_path, algo, {0: 10.0, 100: final}, env_id="Some-v0")
+        add_run(tmp_path, algo, {0: 0.0, 100: 100 * final})
+    results = Results.load(tmp_path).at(None)
+    assert results.comparisons() == [(["rfm", "sac"], ["dm_control/walker-run-v0"])]
+    text = write_report(tmp_path)
+    assert "No algorithm ends above the untrained policies in Some, which" in text
+    assert "rfm ends below sac in none of 2 tasks." in text
+    assert "| interquartile mean of scores, 1 task | 0.500 | 0.400 |" in text
+    assert statistics.probability_of_improvement(*(results.scores(algo, ["Some-v0"]) for algo in ("rfm", "sac"))).value == 1.0
+
+
+def test_a_report_does_not_take_the_place_of_its_results(tmp_path: Path) -> None:
+    add_run(tmp_path, "rfm", {0: 0.0, 100: 1.0})
+    with pytest.raises(ValueError, match="A report has a folder of its own"):
+        report.write(tmp_path, tmp_path / "." / "report" / "..")
+    assert not (tmp_path / "runs.csv").exists()
 
 
 def test_scores_of_unknown_tasks_are_between_untrained_and_best(tmp_path: Path) -> None:
@@ -573,3 +701,15 @@ def test_labels_of_one_algorithm_differ_in_their_lines() -> None:
     labels = ["qne", "qne:paper", "sac"]
     assert figures.style("qne", labels)["color"] == figures.style("qne:paper", labels)["color"]
     assert figures.style("qne", labels) != figures.style("qne:paper", labels)
+    many = [f"qne:{i}" for i in range(20)]
+    assert len({tuple(figures.style(label, many).values()) for label in many}) == 20
+
+
+def test_legend_of_labels_is_within_the_picture(tmp_path: Path) -> None:
+    for i in range(8):
+        add_run(tmp_path, f"qne:paper-particles-{i}", {0: 0.0, 100: float(i)})
+    figure = figures.learning_curves(Results.load(tmp_path))
+    figure.draw_without_rendering()
+    legend, picture = figure.legends[0].get_window_extent(), figure.bbox
+    assert legend.x0 >= 0 and legend.x1 <= picture.width
+    assert figure.axes[0].get_window_extent().height > 0.5 * picture.height

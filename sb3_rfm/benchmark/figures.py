@@ -27,16 +27,18 @@ COLORS = {
     "sbx-sac": "#999999",
 }
 LINES = ["-", "--", ":", "-."]
+MARKERS = ["", "o", "s", "^", "x"]
 
 FEWEST_FOR_BAND = 3
 """Seeds from which on a curve has a band: for two, Student's interval is 12.7 standard errors to each side."""
 
 
 def style(label: str, labels: Sequence[str]) -> dict[str, str]:
-    """Colour of the algorithm, and a dash pattern for its settings."""
+    """Colour of the algorithm, and a dash pattern for its settings; with markers from the fifth on."""
     algo = label.partition(":")[0]
     settings = [other for other in labels if other.partition(":")[0] == algo]
-    return {"color": COLORS.get(algo, "#8c564b"), "linestyle": LINES[settings.index(label) % len(LINES)]}
+    lap, line = divmod(settings.index(label), len(LINES))
+    return {"color": COLORS.get(algo, "#8c564b"), "linestyle": LINES[line], "marker": MARKERS[lap % len(MARKERS)]}
 
 
 def count(n: int, noun: str) -> str:
@@ -64,7 +66,12 @@ def learning_curves(results: Results) -> Figure:
     tasks, algos = results.tasks, results.algos
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(max(3.1 * columns, 4.5), 2.5 * rows + 0.5), layout="constrained")
+    width = max(3.1 * columns, 4.5)
+    shown = [algo for algo in algos if any(len(results.curve(task, algo)) for task in tasks)]
+    # An entry of the legend: its line with the space around it, and 0.08 inches for each character.
+    legend_columns = min(max(int(width / (0.55 + 0.08 * max(map(len, shown), default=1))), 1), 8)
+    legend_rows = -(-len(shown) // legend_columns)
+    figure = Figure(figsize=(width, 2.5 * rows + 0.3 + 0.2 * legend_rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in panels[len(tasks) :]:
         panel.set_visible(False)
@@ -78,27 +85,29 @@ def learning_curves(results: Results) -> Figure:
             x, estimates = curve.index.to_numpy() / 1000, [statistics.mean(row) for row in curve.to_numpy()]
             if curve.shape[1] < FEWEST_FOR_BAND:
                 estimates = [Estimate(estimate.value, np.nan, np.nan) for estimate in estimates]
-                panel.plot(x, curve.to_numpy(), **style(algo, algos), linewidth=0.6, alpha=0.7)
+                panel.plot(x, curve.to_numpy(), **style(algo, algos), markersize=2, linewidth=0.6, alpha=0.7)
             handles[algo] = band(panel, x, estimates, style(algo, algos))
             returns.append(curve.to_numpy().ravel())
         panel.set_title(short(task), fontsize=10)
         panel.set_xlim(left=0)
-        if returns:  # a band may be cut off, a run never is
-            low, high = np.min(np.concatenate(returns)), np.max(np.concatenate(returns))
+        finite = [values[np.isfinite(values)] for values in returns]
+        if any(map(len, finite)):  # a band may be cut off, a run never is
+            low, high = np.min(np.concatenate(finite)), np.max(np.concatenate(finite))
             margin = 0.05 * max(high - low, 1e-9)
             panel.set_ylim(low - margin, high + margin)
         tidy(panel)
     figure.supxlabel("environment steps (thousands)", fontsize=9)
     figure.supylabel("return", fontsize=9)
-    shown = [algo for algo in algos if algo in handles]
-    figure.legend([handles[algo] for algo in shown], shown, loc="outside upper center", ncols=8, frameon=False, fontsize=9)
+    lines = [handles[algo] for algo in shown]
+    figure.legend(lines, shown, loc="outside upper center", ncols=legend_columns, frameon=False, fontsize=9)
     return figure
 
 
 def band(axes: Axes, x: np.ndarray, estimates: Sequence[Estimate], line_style: dict[str, str]) -> Line2D:
     """A line with its interval."""
     values, low, high = (np.array(column) for column in zip(*estimates, strict=True))
-    (line,) = axes.plot(x, values, linewidth=1.6, **line_style)  # type: ignore[arg-type]
+    every = max(len(x) // 10, 1)
+    (line,) = axes.plot(x, values, linewidth=1.6, markersize=4, markevery=every, **line_style)  # type: ignore[arg-type]
     axes.fill_between(x, low, high, color=line_style["color"], alpha=0.15, linewidth=0)
     return line
 
@@ -152,12 +161,10 @@ def sample_efficiency(results: Results, algos: Sequence[str], tasks: Sequence[st
         for share in shares:
             scores = []
             for task in tasks:
-                curve, (low, high) = results.curve(task, algo), results.score_range(task)
+                curve = results.curve(task, algo)
                 steps = curve.index.to_numpy()
-                at = share * steps[-1]
-                scores.append(
-                    np.array([(np.interp(at, steps, curve[seed].to_numpy()) - low) / (high - low) for seed in curve.columns])
-                )
+                returns = [np.interp(share * steps[-1], steps, curve[seed].to_numpy()) for seed in curve.columns]
+                scores.append(results.scaled(task, np.array(returns)))
             estimates.append(statistics.interquartile_mean(scores))
         band(axes, 100 * shares, estimates, style(algo, algos))
     axes.set_xlim(0, 100)

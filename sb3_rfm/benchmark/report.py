@@ -21,14 +21,16 @@ from sb3_rfm.benchmark.suites import short
 
 
 def final_table(results: Results) -> pd.DataFrame:
-    """Final returns: a row for each task and algorithm, with mean, 95 % interval and number of seeds."""
+    """Final returns: a row for each task and algorithm, with number of seeds, and mean and 95 % interval of the seeds that
+    have not diverged."""
     rows = []
     for task in results.tasks:
         for algo in results.algos:
             final = results.final(task, algo)
             if not len(final):
                 continue
-            estimate = statistics.mean(final)
+            kept = final[np.isfinite(final)]
+            estimate = statistics.mean(kept) if len(kept) else Estimate(np.nan, np.nan, np.nan)
             runs = results.runs.query("env_id == @task and algo == @algo")
             rows.append(
                 {
@@ -36,6 +38,7 @@ def final_table(results: Results) -> pd.DataFrame:
                     "algo": algo,
                     "steps": int(results.curve(task, algo).index[-1]),
                     "seeds": len(final),
+                    "diverged": len(final) - len(kept),
                     "mean": estimate.value,
                     "low": estimate.low,
                     "high": estimate.high,
@@ -58,19 +61,26 @@ def pivot(results: Results) -> pd.DataFrame:
 
 CELLS = (
     "Mean over seeds, with its 95 % interval (Student) and the number n of seeds; for two seeds, the return of each; for one, "
-    "that alone. Interquartile means are over all runs of those tasks, with stratified bootstrap intervals."
+    "that alone. Interquartile means are over all runs of those tasks, each task weighing the same, with stratified bootstrap "
+    "intervals."
 )
 """What is in the table of final returns."""
 
 
 def returns_text(final: np.ndarray) -> str:
     """The final returns of an algorithm in a task, (N,), as text."""
-    if not len(final):
-        return ""
-    if len(final) < figures.FEWEST_FOR_BAND:  # an interval would be wider than all returns there can be
-        each = ", ".join(f"{value:.0f}" for value in final)
-        return f"{final.mean():.0f}" + (f" ({each})" if len(final) > 1 else "")
-    return f"{text(statistics.mean(final), 0)}, n = {len(final)}"
+    kept = final[np.isfinite(final)]
+    if not len(kept):
+        return "diverged" if len(final) else ""
+    if len(kept) < figures.FEWEST_FOR_BAND:  # an interval would be wider than all returns there can be
+        return f"{kept.mean():.0f}" + (f" ({', '.join(map(return_text, final))})" if len(final) > 1 else "")
+    diverged = f", {len(final) - len(kept)} diverged" if len(kept) < len(final) else ""
+    return f"{text(statistics.mean(kept), 0)}, n = {len(kept)}{diverged}"
+
+
+def return_text(value: float, digits: int = 0) -> str:
+    """The return of a run as text."""
+    return f"{value:.{digits}f}" if np.isfinite(value) else "diverged"
 
 
 def losses(results: Results) -> list[str]:
@@ -79,7 +89,7 @@ def losses(results: Results) -> list[str]:
     for algo in results.algos:
         tasks = [] if algo == reference else results.tasks_of([reference, algo])
         if tasks:
-            below = [short(t) for t in tasks if results.final(t, reference).mean() < results.final(t, algo).mean()]
+            below = [short(t) for t in tasks if results.mean_return(t, reference) < results.mean_return(t, algo)]
             where = f"{len(below) or 'none'} of {figures.count(len(tasks), 'task')}" + (f": {listed(below)}" if below else "")
             sentences.append(f"{reference} ends below {algo} in {where}.")
     return sentences
@@ -109,7 +119,8 @@ def improvements(results: Results) -> pd.DataFrame:
 
 
 def caveats(everything: Results, results: Results, steps: int | None) -> list[str]:
-    """What has to be known to read the numbers: runs that are missing, few seeds, tasks that not all algorithms have."""
+    """What has to be known to read the numbers: runs that are missing, that diverged or that are not alike; few seeds; tasks
+    that not all algorithms have."""
     found = []
     if not (everything.runs["state"] == "finished").any():
         found.append(f"No run is finished: these are the results at step {steps:,}.")
@@ -123,6 +134,22 @@ def caveats(everything: Results, results: Results, steps: int | None) -> list[st
         ]
         which = "unfinished" if steps is None else f"without an evaluation at step {steps:,}"
         found.append(f"{figures.count(len(missing), 'run')} left out, {which}: {listed(names)}.")
+    found += different_ends(everything, results) if steps is None else []
+    diverged = results.runs[results.runs["final_return"].isna()]
+    if len(diverged):
+        names = [f"{short(run.env_id)} {run.algo} seed {run.seed}" for run in diverged.itertuples()]
+        found.append(
+            f"{figures.count(len(diverged), 'run')} diverged, with a return that is not finite: {listed(names)}. "
+            "Means are over the other seeds. What is over several tasks counts them as the worst return of any run, "
+            "or as a score of 0 where that is less."
+        )
+    found += mixtures(results)
+    unscored = [short(task) for task in results.tasks if task not in results.scored_tasks]
+    if unscored and len(results.algos) > 1:
+        found.append(
+            f"No algorithm ends above the untrained policies in {listed(unscored)}, which therefore counts in no "
+            "interquartile mean and no profile."
+        )
     n_seeds = {(task, algo): len(results.final(task, algo)) for task in results.tasks for algo in results.algos}
     single = [f"{short(task)} {algo}" for (task, algo), n in n_seeds.items() if n == 1]
     if single:
@@ -146,6 +173,57 @@ def caveats(everything: Results, results: Results, steps: int | None) -> list[st
     return found
 
 
+def different_ends(everything: Results, results: Results) -> list[str]:
+    """A sentence on the tasks whose runs did not all end at the same step, if there are any."""
+    runs = results.runs.merge(everything.runs[[*RUN, "steps"]], on=RUN, suffixes=("", "_at_the_end"))
+    differing = []
+    for task, of_task in runs.groupby("env_id", sort=False):
+        if (of_task["steps"] < of_task["steps_at_the_end"]).any():
+            ends = [
+                f"{algo} {' / '.join(f'{steps:,}' for steps in sorted(set(last)))}"
+                for algo, last in of_task.groupby("algo", sort=False)["steps_at_the_end"]
+            ]
+            differing.append(f"{short(task)} at {of_task['steps'].iloc[0]:,} ({', '.join(ends)})")
+    if not differing:
+        return []
+    return [
+        "Runs ended at different steps. They are drawn up to, and compared at, the last step that all runs of a task were "
+        f"evaluated at: {'; '.join(differing)}."
+    ]
+
+
+def mixtures(results: Results) -> list[str]:
+    """A sentence for each algorithm whose runs were not all made with the same arguments and the same code."""
+    sentences = []
+    versions = results.runs["versions"].map(lambda versions: json.loads(versions).get("sb3_rfm"))
+    for algo in results.algos:
+        runs = results.runs[results.runs["algo"] == algo]
+        numbers = {
+            "with {} settings": len(runs[SETTING].drop_duplicates()),
+            "with {} versions of sb3_rfm": versions[runs.index].nunique(),
+            "at {} commits": runs["commit"].nunique(),
+        }
+        if several := [how.format(n) for how, n in numbers.items() if n > 1]:
+            sentences.append(f"The runs of {algo} were made {', '.join(several)}.")
+    return sentences
+
+
+SETTING = ["arguments", "evaluation_particles"]
+"""What a run of an algorithm is done with."""
+
+
+def settings_of(results: Results) -> list[str]:
+    """A line for each setting that an algorithm was run with."""
+    lines = []
+    for algo in results.algos:
+        settings = results.runs[results.runs["algo"] == algo].groupby(SETTING, dropna=False, sort=False).size()
+        for (arguments, particles), n in settings.items():
+            line = f"{algo}: {'its defaults' if arguments == '{}' else arguments}"
+            line += "" if pd.isna(particles) else f", the best of {particles:.0f} particles in evaluations"
+            lines.append(line + (f" ({figures.count(n, 'run')})" if len(settings) > 1 else ""))
+    return lines
+
+
 def listed(names: list[str], most: int = 8) -> str:
     """Names in a sentence, the first few of them."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
@@ -154,10 +232,10 @@ def listed(names: list[str], most: int = 8) -> str:
 def score_ranges(results: Results) -> str:
     """A sentence on what the scores are."""
     tasks: dict[tuple[float, float], list[str]] = {}
-    for task in results.tasks:
+    for task in results.scored_tasks:
         tasks.setdefault(results.score_range(task), []).append(short(task))
     ranges = [f"{low:,.0f} and {high:,.0f} in {listed(names)}" for (low, high), names in tasks.items()]
-    return f"A score is a return scaled to [0, 1]. Its ends are the returns {'; '.join(ranges)}."
+    return f"A score is a return scaled to [0, 1]. Its ends are the returns {'; '.join(ranges)}." if ranges else ""
 
 
 def text(estimate: Estimate, digits: int) -> str:
@@ -204,7 +282,7 @@ def make_figures(results: Results) -> dict[str, tuple[Figure, str]]:
         "learning_curves": (
             figures.learning_curves(results),
             "Mean return of the deterministic policy over seeds, with its 95 % interval (Student). With fewer than "
-            f"{figures.FEWEST_FOR_BAND} seeds, each is a thin line instead.",
+            f"{figures.FEWEST_FOR_BAND} seeds, each is a thin line instead. A line breaks off where a seed diverges.",
         )
     }
     reference = reference_of(results)
@@ -215,7 +293,7 @@ def make_figures(results: Results) -> dict[str, tuple[Figure, str]]:
         )
     for algos, tasks in results.comparisons():
         over = figures.count(len(tasks), "task")
-        suffix = "" if tasks == results.tasks else f"_{len(tasks)}"
+        suffix = "" if tasks == results.scored_tasks else f"_{len(tasks)}"
         made[f"aggregate{suffix}"] = (
             figures.aggregate(results, algos, tasks),
             f"Interquartile mean of the final scores on {over} (line) with 95 % stratified bootstrap intervals (bar).",
@@ -247,7 +325,12 @@ def write(
     :param algos: Algorithms to compare; by default all
     :param title: Heading of the page
     :return: The files
+    :raises ValueError: if there is nothing to report, or if ``out`` is ``root``
     """
+    if out.resolve() == root.resolve():
+        raise ValueError(
+            f"A report has a folder of its own: its tables in {root} would take the place of what it is made from."
+        )
     everything = Results.load(root)
     if algos:
         everything = everything.of(algos)
@@ -298,19 +381,10 @@ def render(
         f"{'/'.join(map(str, sorted(runs['eval_episodes'].unique())))} episodes per evaluation, deterministic policy",
         f"{runs['wall_clock'].sum() / 3600:.1f} hours of computing",
     ]
-    settings = [
-        f"{run.algo}: {'its defaults' if run.arguments == '{}' else run.arguments}"
-        + (
-            ""
-            if pd.isna(run.evaluation_particles)
-            else f", the best of {run.evaluation_particles:.0f} particles in evaluations"
-        )
-        for run in runs.drop_duplicates("algo").set_index("algo", drop=False).loc[results.algos].itertuples()
-    ]
     seeds = runs.assign(
         task=runs["env_id"].map(short),
         hours=(runs["wall_clock"] / 3600).map("{:.2f}".format),
-        final_return=runs["final_return"].map("{:.1f}".format),
+        final_return=runs["final_return"].map(lambda value: return_text(value, 1)),
         commit=runs["commit"].astype(str).str[:10],
     )[["task", "algo", "seed", "steps", "final_return", "hours", "commit"]]
     seeds.index += 1
@@ -332,7 +406,7 @@ def render(
         final=html_table(table),
         losses=f"<ul>{items(losses(results))}</ul>",
         comparison=comparison or "<p>There is one algorithm, and nothing to compare it with.</p>",
-        settings=items(settings),
+        settings=items(settings_of(results)),
         runs=html_table(seeds),
         machines=items(machines),
     )

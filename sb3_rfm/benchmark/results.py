@@ -5,6 +5,7 @@ evaluation of each run.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,17 +41,29 @@ class Results:
     def load(cls, root: Path) -> "Results":
         """Read a results folder, or one that :meth:`save` wrote.
 
-        :raises ValueError: if there are no runs
+        :raises ValueError: if there are no runs, or if two folders hold the same one
         """
         if (root / "runs.csv").exists():
             return cls(pd.read_csv(root / "runs.csv"), pd.read_csv(root / "evaluations.csv"))
         runs, evaluations = [], []
+        places: dict[tuple[str, str, int], Path] = {}
         for folder in find_runs(root):
             config, spec = folder.config, folder.spec
+            place = places.setdefault((spec.env_id, spec.algo, spec.seed), folder.path)
+            if place != folder.path:
+                raise ValueError(
+                    f"{place} and {folder.path} both hold {spec.algo} on {spec.env_id} with seed {spec.seed}. "
+                    "A report takes one of them: move the other out of the results folder."
+                )
             key = {"env_id": spec.env_id, "algo": spec.algo, "seed": spec.seed}
             rows = [
                 key
-                | {"step": e.step, "mean": e.mean, "wall_clock": e.wall_clock, "training_seconds": e.training_seconds}
+                | {
+                    "step": e.step,
+                    "mean": e.mean if math.isfinite(e.mean) else math.nan,
+                    "wall_clock": e.wall_clock,
+                    "training_seconds": e.training_seconds,
+                }
                 | {"returns": " ".join(f"{value:.2f}" for value in e.returns)}
                 for e in folder.read_evaluations()
             ]
@@ -89,10 +102,14 @@ class Results:
     def at(self, steps: int | None) -> "Results":
         """The results as they were after a number of steps, of the runs that got there.
 
-        :param steps: Environment steps; None for the runs that are finished, as they ended
+        :param steps: Environment steps; None for the runs that are finished, as they were in each task at the last step that
+            all of them were evaluated at: the end, where they ended at the same
         """
         if steps is None:
-            return self._only(self.runs[self.runs["state"] == "finished"], self.evaluations)
+            finished = self.runs[self.runs["state"] == "finished"]
+            there = self.evaluations.merge(finished[RUN], on=RUN)
+            last = {task: last_common_step(rows) for task, rows in there.groupby("env_id")}
+            return self._only(finished, there[there["step"] <= there["env_id"].map(last)])
         there = self.evaluations[self.evaluations["step"] <= steps]
         reached = there.groupby(RUN)["step"].max()
         chosen = self.runs[[reached.get(tuple(key), -1) == steps for key in self.runs[RUN].itertuples(index=False)]]
@@ -104,9 +121,8 @@ class Results:
 
     @property
     def common_step(self) -> int:
-        """The last step that all runs have reached, but for those that have not learned yet."""
-        reached = self.evaluations.groupby(RUN)["step"].max()
-        return int(reached[reached > 0].min()) if (reached > 0).any() else 0
+        """The last step that all runs were evaluated at, but for those that have not learned yet."""
+        return last_common_step(self.evaluations[self.evaluations.groupby(RUN)["step"].transform("max") > 0])
 
     def _only(self, runs: pd.DataFrame, evaluations: pd.DataFrame) -> "Results":
         """Some runs, as they were at the last of these evaluations."""
@@ -127,13 +143,15 @@ class Results:
         return sorted(names, key=lambda a: (order.index(a.split(":")[0]) if a.split(":")[0] in order else len(order), a))
 
     def curve(self, task: str, algo: str) -> pd.DataFrame:
-        """Mean return of each seed (columns) at each step (rows) that all of them have reached."""
+        """Mean return of each seed (columns) at each step (rows) that all of them have reached; NaN where it diverged."""
         return self._curves.get((task, algo), pd.DataFrame())
 
     @cached_property
     def _curves(self) -> dict[tuple[str, str], pd.DataFrame]:
         return {
-            (task, algo): rows.pivot_table(index="step", columns="seed", values="mean").dropna()
+            (task, algo): rows[rows.groupby("step")["seed"].transform("size") == rows["seed"].nunique()].pivot(
+                index="step", columns="seed", values="mean"
+            )
             for (task, algo), rows in self.evaluations.groupby(["env_id", "algo"])
         }
 
@@ -142,26 +160,41 @@ class Results:
         curve = self.curve(task, algo)
         return curve.iloc[-1].to_numpy() if len(curve) else np.empty(0)
 
+    def mean_return(self, task: str, algo: str) -> float:
+        """Mean final return of the seeds that have not diverged; -inf where there are none."""
+        final = self.final(task, algo)
+        return float(np.nanmean(final)) if np.isfinite(final).any() else -math.inf
+
     def score_range(self, task: str) -> tuple[float, float]:
         """Returns that count as 0 and 1.
 
-        Where they are not known beforehand: the mean of the untrained policies, and the best mean of any algorithm.
+        Where they are not known beforehand: the mean of the untrained policies, and the best mean of any algorithm. There are
+        no scores if that is not the larger one, see :attr:`scored_tasks`.
         """
         for prefix, known in SCORE_RANGES.items():
             if task.startswith(prefix):
                 return known
         rows = self.evaluations[(self.evaluations["env_id"] == task) & (self.evaluations["step"] == 0)]
-        best = max(float(np.mean(final)) for algo in self.algos if len(final := self.final(task, algo)))
-        low = float(rows["mean"].mean()) if len(rows) else best - 1.0
-        return low, max(best, low + 1e-12)
+        best = max(self.mean_return(task, algo) for algo in self.algos)
+        return (float(rows["mean"].mean()) if rows["mean"].notna().any() else best - 1.0), best
+
+    @property
+    def scored_tasks(self) -> list[str]:
+        """Tasks with a range of scores: in the others, no algorithm ends above the untrained policies."""
+        return [task for task in self.tasks if np.less(*self.score_range(task))]
 
     def scores(self, algo: str, tasks: Sequence[str]) -> list[np.ndarray]:
         """Final returns, scaled to the range of each task: one array for each task."""
-        result = []
-        for task in tasks:
-            low, high = self.score_range(task)
-            result.append((self.final(task, algo) - low) / (high - low))
-        return result
+        return [self.scaled(task, self.final(task, algo)) for task in tasks]
+
+    def scaled(self, task: str, returns: np.ndarray) -> np.ndarray:
+        """Returns scaled to the range of a task, or in no unit where it has none, which leaves their order.
+
+        One that diverged counts as the worst final return of any run, or as 0 if that is worse.
+        """
+        low, high = self.score_range(task)
+        worst = np.nanmin(np.concatenate([[low], *(self.final(task, algo) for algo in self.algos)]))
+        return (np.where(np.isnan(returns), worst, returns) - low) / (high - low if high > low else 1.0)
 
     def tasks_of(self, algos: Sequence[str]) -> list[str]:
         """Tasks on which all of these algorithms were run."""
@@ -171,7 +204,15 @@ class Results:
         """Algorithms with the tasks that they are compared on.
 
         First the algorithms that were run on every task; then all of them, where these are more, on the tasks they share.
+        Only tasks with scores count.
         """
-        everywhere = [algo for algo in self.algos if self.tasks_of([algo]) == self.tasks]
-        groups = [(everywhere, self.tasks), (self.algos, self.tasks_of(self.algos))]
+        scored = self.scored_tasks
+        everywhere = [algo for algo in self.algos if all(len(self.final(task, algo)) for task in scored)]
+        groups = [(everywhere, scored), (self.algos, [task for task in self.tasks_of(self.algos) if task in scored])]
         return [group for i, group in enumerate(groups) if len(group[0]) > 1 and group[1] and group not in groups[:i]]
+
+
+def last_common_step(evaluations: pd.DataFrame) -> int:
+    """The largest step at which all runs with these evaluations were evaluated; 0 if there is none."""
+    steps = [set(rows["step"]) for _, rows in evaluations.groupby(RUN)]
+    return int(max(set.intersection(*steps), default=0)) if steps else 0

@@ -6,7 +6,8 @@ tasks. ``scipy.stats.bootstrap`` resamples each of its samples on its own; with 
 stratified bootstrap. It takes any number of runs per task and its results are reproducible, which the ``rliable`` package
 does not offer; the tests compare the two.
 
-Everywhere, ``scores`` are one array for each task with the scores of its runs.
+Everywhere, ``scores`` are one array for each task with the scores of its runs. Every task weighs the same, however many runs
+it has: a run weighs 1 / (tasks · runs of its task).
 """
 
 from collections.abc import Callable, Sequence
@@ -42,10 +43,20 @@ def mean(values: np.ndarray) -> Estimate:
 
 
 def interquartile_mean(scores: Scores) -> Estimate:
-    """Mean of the middle half of all runs, with its stratified bootstrap interval."""
+    """Weighted mean of the middle half of all runs, with its stratified bootstrap interval.
+
+    The weight cut off at each end is that of a quarter of the runs, rounded down, as in ``scipy.stats.trim_mean`` and
+    ``rliable``: with the same number of runs for every task, the three agree.
+    """
+    weights = np.concatenate([np.full(len(task), 1 / (len(scores) * len(task))) for task in scores])
+    cut = len(weights) // 4 / len(weights)
 
     def statistic(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
-        return stats.trim_mean(np.concatenate(samples, axis=axis), 0.25, axis=axis)
+        values = np.concatenate(samples, axis=axis)
+        order = np.argsort(values, axis=axis)
+        upper = np.cumsum(weights[order], axis=axis)
+        kept = np.diff(np.clip(upper, cut, 1 - cut), axis=axis, prepend=cut)
+        return (kept * np.take_along_axis(values, order, axis)).sum(axis) / (1 - 2 * cut)
 
     return _bootstrap(statistic, scores)
 
@@ -74,14 +85,14 @@ def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def performance_profile(scores: Scores, thresholds: np.ndarray) -> list[Estimate]:
-    """Share of the runs whose score exceeds each threshold.
+    """Share of the runs whose score exceeds each threshold, averaged over tasks.
 
     :param scores: Scores
     :param thresholds: (T,)
     """
 
     def exceeding(threshold: float) -> Callable[..., np.ndarray]:
-        return lambda *samples, axis=-1: (np.concatenate(samples, axis=axis) > threshold).mean(axis)
+        return lambda *samples, axis=-1: np.mean([(sample > threshold).mean(axis) for sample in samples], axis=0)
 
     return [_bootstrap(exceeding(threshold), scores, n_resamples=1_000) for threshold in thresholds]
 
