@@ -235,7 +235,7 @@ def _next_temper(log_p1: Tensor, beta: Tensor, share: float = 0.5) -> Tensor:
         return effective_sample_size(torch.softmax(log_weights, 1)) >= target
 
     all_the_way = keeps(high)
-    for _ in range(30):
+    for _ in range(60):  # the first step may be as small as 1e-10: a narrow target, seen through a wide posterior
         middle = 0.5 * (low + high)
         good = keeps(middle)
         low, high = torch.where(good, middle, low), torch.where(good, high, middle)

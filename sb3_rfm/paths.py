@@ -67,12 +67,12 @@ class Path(ABC):
         return self.alpha_dot(t) * x_1 + self.sigma_dot(t) * x_0
 
     def noise_from_data(self, x_1: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The ``x_0`` that, with ``x_1``, gives ``x_t``."""
+        """The ``x_0`` that, with ``x_1``, gives ``x_t``; for (B, K, D), pass ``x_t`` as (B, 1, D)."""
         t = expand_to(t, x_t)
         return (x_t - self.alpha(t) * x_1) / self.sigma(t)
 
     def data_from_noise(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The ``x_1`` that, with ``x_0``, gives ``x_t``."""
+        """The ``x_1`` that, with ``x_0``, gives ``x_t``; for (B, K, D), pass ``x_t`` as (B, 1, D)."""
         t = expand_to(t, x_t)
         return (x_t - self.sigma(t) * x_0) / self.alpha(t)
 

@@ -52,9 +52,10 @@ class PosteriorMean(NamedTuple):
     ess: Tensor
     """Effective sample size, (B,): ``1 / sum_k W_k^2``, between 1 and K, for importance sampling"""
     coefficient: Tensor
-    """``Lambda`` in noise coordinates, (B, D): 0 is a plain posterior mean, 1 a pure gradient estimate"""
+    """``Lambda`` in noise coordinates, (B, D): 0 is a plain posterior mean, 1 (a Gaussian source's variance) a pure gradient
+    estimate"""
     variance_ratio: Tensor
-    """Estimated variance of the estimate over that without control variate, (B,)"""
+    """Estimated variance of the estimate over that without control variate, (B,); 1 where a single candidate counts"""
 
 
 class PosteriorMeanEstimator:
@@ -82,6 +83,9 @@ class PosteriorMeanEstimator:
         ``"smc"`` → tempered sequential Monte Carlo from the source; or :class:`~sb3_rfm.monte_carlo.MCMC` or
         :class:`~sb3_rfm.monte_carlo.SMC` for other than their defaults
     :raises ValueError: for arguments out of range
+
+    The control variate needs a target whose log-density is finite and continuous on all of R^D. For one with an edge, such as
+    a box, Stein's identity has boundary terms, and only ``coefficient=0`` gives the posterior means.
     """
 
     def __init__(
@@ -134,8 +138,9 @@ class PosteriorMeanEstimator:
         :param x_t: (B, D)
         :param t: (B,), strictly between 0 and 1
         :param generator: Source of the candidates' randomness
-        :param guess: A guess of the data mean, (B, D), around which half of the candidates are drawn
-        :return: :class:`PosteriorMean`
+        :param guess: A guess of the data mean, (B, D), around which half of the candidates are drawn (antithetic ones in
+            pairs: none of fewer than four)
+        :return: :class:`PosteriorMean`; no gradient of anything passes through it
         :raises ValueError: for wrong shapes and values, or where no candidate of some row has a finite log-density and
             gradient
         """
@@ -153,8 +158,9 @@ class PosteriorMeanEstimator:
                 )
             return log_p
 
-        candidates = self.draw(x_t, t, generator, guess)
-        result = self.estimate(checked_log_prob, x_t, t, candidates, generator)
+        with torch.no_grad():
+            candidates = self.draw(x_t, t, generator, guess)
+            result = self.estimate(checked_log_prob, x_t, t, candidates, generator)
         hopeless = torch.isnan(result.ess)
         if hopeless.any():
             rows = hopeless.nonzero().flatten().tolist()
@@ -213,7 +219,7 @@ class PosteriorMeanEstimator:
         corrected = average.x_0 + coefficient[:, None] * average.stein
         mean_0 = weighted_mean(average.weights, corrected)
         mean_1 = self.path.data_from_noise(mean_0, x_t, t)
-        plain_variance = variance_of_mean(average.weights, average.x_0)
+        variance, plain_variance = (variance_of_mean(average.weights, values) for values in (corrected, average.x_0))
         return PosteriorMean(
             x0=mean_0,
             x1=mean_1,
@@ -221,7 +227,7 @@ class PosteriorMeanEstimator:
             score=self._score(average, mean_0, t),
             ess=average.ess,
             coefficient=coefficient,
-            variance_ratio=variance_of_mean(average.weights, corrected) / plain_variance.clamp(min=1e-30),
+            variance_ratio=torch.where(plain_variance > 1e-30, variance / plain_variance, 1.0),
         )
 
     def _average(
@@ -268,15 +274,15 @@ class PosteriorMeanEstimator:
         """Coefficient for the values ``f``, (B, K, D) → (B, D)."""
         n_batch, _, dim = values.shape
         weights, stein = average.weights, average.stein
+        if isinstance(self.coefficient, float):
+            return torch.full_like(values[:, 0], self.coefficient)
+        if isinstance(self.coefficient, tuple):
+            return torch.tensor(self.coefficient, dtype=values.dtype, device=values.device).expand(n_batch, dim)
         if self.coefficient == "optimal":
             return fit_robust(weights, values, stein, average.valid, upper)
         if self.coefficient == "scalar":
             return fit_scalar(weights, values, stein).unsqueeze(1).expand(n_batch, dim)
-        if self.coefficient == "diagonal":
-            return fit_diagonal(weights, values, stein)
-        if isinstance(self.coefficient, float):
-            return torch.full_like(values[:, 0], self.coefficient)
-        return torch.tensor(self.coefficient, dtype=values.dtype, device=values.device).expand(n_batch, dim)
+        return fit_diagonal(weights, values, stein)
 
     def _score(self, average: "_Average", mean_0: Tensor, t: Tensor) -> Tensor:
         """``grad log p_t = E[grad log p0(x_0) | x_t] / sigma``, with its own control variate (reverse score matching).
@@ -309,6 +315,8 @@ class PosteriorMeanEstimator:
                 f"got {t[outside][:8].tolist()}."
             )
         for name, value in inputs.items():
+            if value.dtype != x_t.dtype:
+                raise ValueError(f"{name} must have the dtype of x_t, {x_t.dtype}, got {value.dtype}.")
             rows = sorted({row[0] for row in (~torch.isfinite(value)).nonzero().tolist()})
             if rows:
                 raise ValueError(f"{name} must be finite, but is not in rows {rows[:8]}.")

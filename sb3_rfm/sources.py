@@ -108,7 +108,9 @@ class DistributionSource(Source):
         support = distribution.support
         assert support is not None
         far = torch.tensor([-1e4, 1e4]).reshape((2,) + (1,) * len(shape)).expand(2, *shape)
-        if support.is_discrete or not bool(support.check(far).all()):
+        everywhere = not support.is_discrete and bool(support.check(far).all())
+        # A density that can be integrated is small far out; that of an angle is not.
+        if not everywhere or bool((distribution.log_prob(far) > -math.log(1e4)).any()):
             raise ValueError(f"A source covers all of R^D, but {type(distribution).__name__} has the support {support}.")
         self.distribution = _without_checks(distribution)
         self.has_quantiles = _has_quantiles(distribution)

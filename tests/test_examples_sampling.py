@@ -134,7 +134,8 @@ def test_the_estimator_benchmark(tmp_path: Path) -> None:
 
 def test_the_estimator_benchmark_on_a_trained_critic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the model is kept under runs/
-    monkeypatch.setattr(estimator, "PLAIN", (16, 64))
+    for module in (estimator, estimator_errors, estimator_in_use):
+        monkeypatch.setattr(module, "PLAIN", (16, 64))
     monkeypatch.setattr(densities.Critic, "reference", (32, 64))
     monkeypatch.setattr(estimator_in_use, "seconds", partial(estimator_in_use.seconds, n_states=8, n_rounds=1))
     monkeypatch.setattr(estimator, "rounding", partial(estimator_in_use.rounding, n_states=8))

@@ -5,6 +5,7 @@ Algebra is checked in float64 to rounding; Monte Carlo by z-scores, |z| < 4.5, a
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from sb3_rfm import control_variates
 from sb3_rfm.benchmark import densities, estimator_errors
 from sb3_rfm.candidates import Candidates, PointSet, draw_candidates
 from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, weighted_mean
-from sb3_rfm.monte_carlo import MCMC, SMC
+from sb3_rfm.monte_carlo import MCMC, SMC, _next_temper, effective_sample_size
 from sb3_rfm.paths import PATHS, LinearVPPath, Path, get_path
 from sb3_rfm.posterior import PosteriorMean, PosteriorMeanEstimator, ReverseFlowMatchingLoss
 from sb3_rfm.sources import get_source
@@ -766,6 +767,30 @@ def test_no_gradient_reaches_parameters() -> None:
     assert not result.velocity.requires_grad and scale.grad is None
 
 
+@pytest.mark.parametrize("coefficient", ["optimal", 0.0, 1.0])
+def test_no_gradient_passes_through_the_estimate(coefficient: Any) -> None:
+    """Whoever computes the guess by the network that is trained would train it to move its own target."""
+    x_t = normal(3, 2).requires_grad_(True)
+    result = PosteriorMeanEstimator(coefficient=coefficient)(MIXTURE.log_prob, x_t, times(0.5, 3), guess=2 * x_t)
+    assert not any(value.requires_grad for value in result)
+
+
+@pytest.mark.parametrize("arguments", [{"n_candidates": 8}, {"n_candidates": 1}], ids=["eight", "one"])
+def test_without_a_control_variate_the_variance_is_the_plain_one(arguments: dict[str, int]) -> None:
+    """Also where one weight is 1, and nothing is known of the variance."""
+    cold = lambda x: 1e4 * MIXTURE.log_prob(x)  # noqa: E731
+    result = PosteriorMeanEstimator(coefficient=0.0, **arguments)(cold, normal(50, 2), times(0.5, 50))
+    assert (result.ess < 1 + 1e-9).any() and (result.variance_ratio == 1).all()
+
+
+def test_tempering_starts_as_slowly_as_it_must() -> None:
+    """A narrow target seen through a wide posterior: the first useful step is about 1e-10 of the way."""
+    log_p1 = -0.5 * (torch.linspace(0.1, 1, 256, dtype=torch.float64)[None] * 1e6).square()
+    beta = _next_temper(log_p1, torch.zeros(1, dtype=torch.float64))
+    weights = torch.softmax(beta[:, None] * log_p1, 1)
+    assert 0 < beta < 1e-9 and effective_sample_size(weights).item() == pytest.approx(128, rel=0.01)
+
+
 def test_the_hot_path_compiles_into_one_graph() -> None:
     import torch._dynamo as dynamo
 
@@ -891,6 +916,8 @@ def test_optimal_is_finite_at_any_scale_and_any_time(n_candidates: int, dim: int
 def test_shapes_are_checked_and_named() -> None:
     estimator = PosteriorMeanEstimator(n_candidates=8)
     x_t, t = normal(4, 2), times(0.5, 4)
+    with pytest.raises(ValueError, match=r"t must have the dtype of x_t, torch.float64, got torch.float32"):
+        estimator(MIXTURE.log_prob, x_t, t.float())
     with pytest.raises(ValueError, match=r"x_t must have shape \(B, D\), got \(4, 2, 1\)"):
         estimator(MIXTURE.log_prob, x_t[..., None], t)
     with pytest.raises(ValueError, match=r"\(B,\) = \(4,\).*got \(3,\)"):

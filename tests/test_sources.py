@@ -18,6 +18,7 @@ from torch.distributions import (
     Poisson,
     StudentT,
     Uniform,
+    VonMises,
 )
 
 from sb3_rfm.sources import DistributionSource, GaussianSource, Source, get_source
@@ -124,7 +125,9 @@ def test_the_centre_is_a_mode_where_one_is_known_and_else_a_fixed_sample() -> No
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("distribution", [Uniform(-1.0, 1.0), Exponential(1.0), Poisson(3.0)], ids=lambda d: type(d).__name__)
+@pytest.mark.parametrize(
+    "distribution", [Uniform(-1.0, 1.0), Exponential(1.0), Poisson(3.0), VonMises(0.0, 1.0)], ids=lambda d: type(d).__name__
+)
 def test_sources_that_leave_something_out_are_refused(distribution: Distribution) -> None:
     with pytest.raises(ValueError, match=rf"all of R\^D, but {type(distribution).__name__} has the support"):
         get_source(distribution)

@@ -22,7 +22,7 @@ def wasserstein_2(x: Tensor, y: Tensor) -> float:
     """
     if x.shape != y.shape:
         raise ValueError(f"Both samples must have one shape (N, D), got {tuple(x.shape)} and {tuple(y.shape)}.")
-    cost = torch.cdist(x, y).square().numpy()
+    cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
     rows, columns = linear_sum_assignment(cost)
     return math.sqrt(cost[rows, columns].mean())
 
@@ -36,7 +36,8 @@ def squared_mmd(x: Tensor, y: Tensor, width: float) -> float:
     """
 
     def mean_kernel(a: Tensor, b: Tensor) -> float:
-        kernel = torch.exp(-0.5 * torch.cdist(a, b).square() / width**2)
+        distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")  # the other mode cancels far from the origin
+        kernel = torch.exp(-0.5 * distance.square() / width**2)
         return float((kernel.sum() - kernel.diagonal().sum()) / (len(a) * (len(b) - 1)) if a is b else kernel.mean())
 
     return mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y)
