@@ -1,9 +1,10 @@
 """Flow and diffusion policies for Stable-Baselines3."""
 
-from sb3_rfm.checkpoint import Rewindable, RunCheckpoint
+from sb3_rfm.checkpoint import RunCheckpoint
 from sb3_rfm.dqs import DQS
 from sb3_rfm.qne import QNE
 from sb3_rfm.qsm import QSM
+from sb3_rfm.rewindable import Rewindable
 from sb3_rfm.rfm import RFM
 
 __version__ = "0.1.0"

@@ -1,13 +1,10 @@
 """Checkpoints from which a run continues as if it had never been interrupted.
 
 A checkpoint is one file: the model as ``save`` writes it (weights, optimizers, counters, last observation), the replay buffer,
-the statistics of ``VecNormalize`` and its like, the state of every random generator, and the state of the environments. It is
+the statistics of ``VecNormalize`` and its like, the state of every random generator, and the state of the environments
+(:mod:`sb3_rfm.rewindable`). It is
 taken between two rollouts, where all of these are consistent, and written under another name first, so that a process killed
 at any moment leaves the checkpoints it had.
-
-The state of an environment is made data by :class:`Rewindable`: the seed of the current episode and the actions since. An
-environment is restored by playing them again. That is exact for every environment whose episodes are functions of
-``reset(seed=...)`` and the actions, as Gymnasium's interface promises.
 """
 
 import io
@@ -32,74 +29,17 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
 from sb3_rfm import safe_pickle
+from sb3_rfm.rewindable import Rewindable, make_rewindable
 
 FORMAT = "sb3_rfm checkpoint"
 VERSION = 2
 
 
-class Rewindable(gym.Wrapper):
-    """An environment whose state is data: the seed of its episode, and the actions since.
-
-    Every episode is reset with a seed of its own, drawn from a generator that the first seed starts. An environment that
-    has ``get_run_state`` and ``set_run_state`` of its own needs no wrapper.
-
-    :param env: An environment that honours ``reset(seed=...)``
-    """
-
-    def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        self._generator: np.random.Generator | None = None
-        self._episode: dict[str, Any] = {"seed": None, "options": None}
-        self._actions: list[Any] = []
-        self._observation: Any = None
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        if seed is not None:
-            self._generator = np.random.default_rng(seed)
-        elif self._generator is None:
-            # The environment may have been seeded before it was wrapped; then this, too, follows from that seed.
-            self._generator = np.random.default_rng(int.from_bytes(self.unwrapped.np_random.bytes(8), "little"))
-        if seed is None:
-            seed = int(self._generator.integers(2**31))
-        self._episode, self._actions = {"seed": seed, "options": options}, []
-        self._observation, info = self.env.reset(seed=seed, options=options)
-        return self._observation, info
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        self._actions.append(np.array(action))
-        self._observation, reward, terminated, truncated, info = self.env.step(action)
-        return self._observation, reward, terminated, truncated, info
-
-    def get_run_state(self) -> dict[str, Any]:
-        """What :meth:`set_run_state` needs to bring another instance into this state."""
-        assert self._generator is not None, "reset the environment first"
-        return {
-            "generator": self._generator.bit_generator.state,
-            "episode": self._episode,
-            "actions": self._actions,
-            "observation": self._observation,
-        }
-
-    def set_run_state(self, state: dict[str, Any]) -> None:
-        """Play the episode of ``state`` again, up to where it was."""
-        self.reset(**state["episode"])
-        for action in state["actions"]:
-            self.step(action)
-        self._generator = np.random.default_rng()
-        self._generator.bit_generator.state = state["generator"]
-        if not _equal(self._observation, state["observation"]):
-            warnings.warn(
-                "Played again from the same seed, the environment came to another observation: it is not deterministic. "
-                "The run goes on, but not exactly as it would have.",
-                stacklevel=2,
-            )
-
-
 class RunCheckpoint(BaseCallback):
     """Write a checkpoint every ``save_freq`` calls of ``env.step()``, from which ``resume`` continues the run exactly.
 
-    Environments in a ``DummyVecEnv`` are wrapped in :class:`Rewindable` when training starts. In a ``SubprocVecEnv`` the
-    wrapper has to be given when it is made, ``make_vec_env(..., wrapper_class=Rewindable)``.
+    Environments in a ``DummyVecEnv`` are wrapped in :class:`~sb3_rfm.rewindable.Rewindable` when training starts. In a
+    ``SubprocVecEnv`` the wrapper has to be given when it is made, ``make_vec_env(..., wrapper_class=Rewindable)``.
 
     :param save_freq: Calls of ``env.step()`` between checkpoints; each steps all environments
     :param save_path: Folder of the checkpoints
@@ -199,21 +139,6 @@ def steps_of(path: Path) -> int:
 def _has_description(path: Path) -> bool:
     """Whether a file is a checkpoint, and not a model that SB3's ``CheckpointCallback`` saved."""
     return zipfile.is_zipfile(path) and "run.json" in zipfile.ZipFile(path).namelist()
-
-
-def make_rewindable(env: VecEnv) -> bool:
-    """Wrap the environments of a ``DummyVecEnv`` in :class:`Rewindable` where they need it.
-
-    :param env: Vectorised environment
-    :return: Whether any was wrapped; they must then be reset
-    """
-    base = env.unwrapped
-    if not isinstance(base, DummyVecEnv):
-        return False
-    missing = [i for i, inner in enumerate(base.envs) if not inner.has_wrapper_attr("get_run_state")]
-    for i in missing:
-        base.envs[i] = Rewindable(base.envs[i])
-    return bool(missing)
 
 
 def save_run(model: OffPolicyAlgorithm, path: Path) -> None:
@@ -412,9 +337,3 @@ def _plain_env_id(env: VecEnv) -> str | None:
         return None
     wrappers = {wrapper.name for spec in specs for wrapper in spec.additional_wrappers}  # type: ignore[union-attr]
     return specs[0].id if wrappers <= {Monitor.__name__, Rewindable.__name__} else None  # type: ignore[union-attr]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    return np.array_equal(a, b, equal_nan=np.issubdtype(np.asarray(a).dtype, np.inexact))

@@ -148,7 +148,7 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
                 custom_objects,
                 force_reset=False,
                 trusted=trusted,
-                **description["arguments"],
+                **{name: value for name, value in description["arguments"].items() if name not in (custom_objects or {})},
             )
         model._set_replay_buffer(buffer, truncate_last_traj=False)
         vec_env = model.get_env()

@@ -405,6 +405,8 @@ def test_what_auto_stood_for_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     resumed = RFM.resume(checkpoints(tmp_path)[0])
     resumed.learn(resumed.remaining_timesteps, reset_num_timesteps=False)
     assert state(resumed) == state(model)
+    other = RFM.resume(tmp_path, custom_objects={"temperature": 0.5})
+    assert other.temperature == other.policy.temperature.item() == 0.5
 
 
 def test_plain_environments_are_what_they_were(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sb3_rfm.benchmark import figures, statistics
-from sb3_rfm.benchmark.results import RUN, Results
+from sb3_rfm.benchmark.caveats import caveats, listed, settings_of
+from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.statistics import Estimate
 from sb3_rfm.benchmark.suites import short
 
@@ -116,117 +117,6 @@ def improvements(results: Results) -> pd.DataFrame:
 
     rows = {x: {y: cell(x, y) for y in results.algos} for x in results.algos}
     return pd.DataFrame.from_dict(rows, orient="index", columns=results.algos)
-
-
-def caveats(everything: Results, results: Results, steps: int | None) -> list[str]:
-    """What has to be known to read the numbers: runs that are missing, that diverged or that are not alike; few seeds; tasks
-    that not all algorithms have."""
-    found = []
-    if not (everything.runs["state"] == "finished").any():
-        found.append(f"No run is finished: these are the results at step {steps:,}.")
-    there = set(results.runs[RUN].itertuples(index=False, name=None))
-    missing = [run for run in everything.runs.itertuples() if (run.env_id, run.algo, run.seed) not in there]
-    if missing:
-        failed = {True: "failed, ", False: ""}
-        names = [
-            f"{short(run.env_id)} {run.algo} seed {run.seed} ({failed[run.state == 'failed']}{run.steps:,} steps)"
-            for run in missing
-        ]
-        which = "unfinished" if steps is None else f"without an evaluation at step {steps:,}"
-        found.append(f"{figures.count(len(missing), 'run')} left out, {which}: {listed(names)}.")
-    found += different_ends(everything, results) if steps is None else []
-    diverged = results.runs[results.runs["final_return"].isna()]
-    if len(diverged):
-        names = [f"{short(run.env_id)} {run.algo} seed {run.seed}" for run in diverged.itertuples()]
-        found.append(
-            f"{figures.count(len(diverged), 'run')} diverged, with a return that is not finite: {listed(names)}. "
-            "Means are over the other seeds. What is over several tasks counts them as the worst return of any run, "
-            "or as a score of 0 where that is less."
-        )
-    found += mixtures(results)
-    unscored = [short(task) for task in results.tasks if task not in results.scored_tasks]
-    if unscored and len(results.algos) > 1:
-        found.append(
-            f"No algorithm ends above the untrained policies in {listed(unscored)}, which therefore counts in no "
-            "interquartile mean and no profile."
-        )
-    n_seeds = {(task, algo): len(results.final(task, algo)) for task in results.tasks for algo in results.algos}
-    single = [f"{short(task)} {algo}" for (task, algo), n in n_seeds.items() if n == 1]
-    if single:
-        found.append(f"One seed only: {listed(single)}.")
-    fewest = min((n for n in n_seeds.values() if n > 1), default=None)
-    if fewest is not None and fewest < 5:
-        found.append(
-            f"As few as {fewest} seeds: the bootstrap intervals are too narrow, the interquartile means rest on few runs. "
-            "The returns in each task, with their spread, say best how much is known."
-        )
-    if results.tasks_of(results.algos) != results.tasks:
-        over = [
-            f"{', '.join(algos)} over {'all tasks' if tasks == results.tasks else listed([short(task) for task in tasks])}"
-            for algos, tasks in results.comparisons()
-        ]
-        found.append(
-            "Not every algorithm was run on every task. "
-            + (f"What is over several tasks compares {'; '.join(over)}." if over else "No comparison over tasks can be made.")
-            + " --algos compares others."
-        )
-    return found
-
-
-def different_ends(everything: Results, results: Results) -> list[str]:
-    """A sentence on the tasks whose runs did not all end at the same step, if there are any."""
-    runs = results.runs.merge(everything.runs[[*RUN, "steps"]], on=RUN, suffixes=("", "_at_the_end"))
-    differing = []
-    for task, of_task in runs.groupby("env_id", sort=False):
-        if (of_task["steps"] < of_task["steps_at_the_end"]).any():
-            ends = [
-                f"{algo} {' / '.join(f'{steps:,}' for steps in sorted(set(last)))}"
-                for algo, last in of_task.groupby("algo", sort=False)["steps_at_the_end"]
-            ]
-            differing.append(f"{short(task)} at {of_task['steps'].iloc[0]:,} ({', '.join(ends)})")
-    if not differing:
-        return []
-    return [
-        "Runs ended at different steps. They are drawn up to, and compared at, the last step that all runs of a task were "
-        f"evaluated at: {'; '.join(differing)}."
-    ]
-
-
-def mixtures(results: Results) -> list[str]:
-    """A sentence for each algorithm whose runs were not all made with the same arguments and the same code."""
-    sentences = []
-    versions = results.runs["versions"].map(lambda versions: json.loads(versions).get("sb3_rfm"))
-    for algo in results.algos:
-        runs = results.runs[results.runs["algo"] == algo]
-        numbers = {
-            "with {} settings": len(runs[SETTING].drop_duplicates()),
-            "with {} versions of sb3_rfm": versions[runs.index].nunique(),
-            "at {} commits": runs["commit"].nunique(),
-        }
-        if several := [how.format(n) for how, n in numbers.items() if n > 1]:
-            sentences.append(f"The runs of {algo} were made {', '.join(several)}.")
-    return sentences
-
-
-SETTING = ["arguments", "evaluation_particles"]
-"""What a run of an algorithm is done with."""
-
-
-def settings_of(results: Results) -> list[str]:
-    """A line for each setting that an algorithm was run with."""
-    lines = []
-    for algo in results.algos:
-        settings = results.runs[results.runs["algo"] == algo].groupby(SETTING, dropna=False, sort=False).size()
-        for (arguments, particles), n in settings.items():
-            line = f"{algo}: {'its defaults' if arguments == '{}' else arguments}"
-            line += "" if pd.isna(particles) else f", the best of {particles:.0f} particles in evaluations"
-            lines.append(line + (f" ({figures.count(n, 'run')})" if len(settings) > 1 else ""))
-    return lines
-
-
-def listed(names: list[str], most: int = 8) -> str:
-    """Names in a sentence, the first few of them."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def score_ranges(results: Results) -> str:

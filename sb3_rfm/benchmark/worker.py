@@ -28,9 +28,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec
 from sb3_rfm.benchmark.suites import Setting, env_maker, get_algorithm, get_setting
-from sb3_rfm.checkpoint import Rewindable, save_run
+from sb3_rfm.checkpoint import save_run
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.persistence import PersistentAlgorithm
+from sb3_rfm.rewindable import Rewindable
 
 BUSY = 75
 """Exit status where another process is doing the run."""
@@ -123,7 +124,7 @@ class Recorder(BaseCallback):
 
     @property
     def seconds(self) -> float:
-        """Seconds that the run has taken, those that an interruption made it repeat included."""
+        """Seconds that the run has taken since it began, those that it went through again from a checkpoint included."""
         return self.seconds_before + time.monotonic() - self.started
 
     def record(self, model: BaseAlgorithm) -> None:
