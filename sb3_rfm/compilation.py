@@ -113,6 +113,11 @@ def trace(function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...]
     )
 
 
+def state_locations(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where a module's parameters and buffers are: dictionary and key."""
+    return [_location(module, name) for name, _ in (*module.named_parameters(), *module.named_buffers())]
+
+
 def _location(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     """Where a parameter or buffer is kept."""
     path, _, key = name.rpartition(".")

@@ -4,12 +4,13 @@ The mathematics of the package is written once, as plain functions of tensors. T
 
 - ``"eager"``: as written;
 - ``"compile"``: traced as a graph (:mod:`sb3_rfm.compilation`) and compiled, on the CPU to a library that is kept on disk;
-- ``"cuda_graph"``: the same by ``torch.compile`` with CUDA graphs (a GPU is needed);
+- ``"cuda_graph"``: compiled by ``torch.compile``, and whole updates recorded as CUDA graphs (a GPU is needed);
 - ``"auto"``: compiled, on the GPU with graphs, where a compiler is at hand and the run is long enough to repay it;
   else eager.
 
-A function that cannot be compiled falls back to eager execution on its own, with a warning. Random numbers are drawn by the
-eager generators in every mode, so that all modes see the same noise.
+A function that cannot be compiled falls back to eager execution on its own, with a warning, and a procedure that cannot be
+recorded to launching its kernels one by one. Random numbers are drawn by the eager generators in every mode, so that all
+modes see the same noise.
 """
 
 import ctypes
@@ -18,6 +19,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar
 
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sb3_rfm.compilation import load_library, quiet, trace
+from sb3_rfm.compilation import load_library, quiet, state_locations, trace
 
 ExecutionMode = Literal["auto", "eager", "compile", "cuda_graph"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -36,7 +38,10 @@ MIN_UPDATES_TO_COMPILE = 2_000
 """With ``"auto"``: compiling takes about as long as this many eager updates save."""
 
 MAX_SHAPES = 8
-"""Shapes of arguments for which a function is compiled; others run as written."""
+"""Shapes of arguments for which a function is compiled or recorded; others run as written."""
+
+CALLS_BEFORE_RECORDING = 3
+"""Calls in which a procedure sets up what it needs: compiled kernels, the state of optimizers, workspaces of libraries."""
 
 
 def check_execution(execution: str, precision: str) -> None:
@@ -124,6 +129,18 @@ class Executor:
         """
         return function if self.mode == "eager" else Compiled(function, module, self)
 
+    def record(self, procedure: Callable[..., T], module: nn.Module, *optimizers: torch.optim.Optimizer) -> Callable[..., T]:
+        """Make ``procedure`` run as one CUDA graph where the mode is ``"cuda_graph"`` and the optimizers allow it.
+
+        :param procedure: A function of tensors that may change the tensors of ``module`` and ``optimizers``, always the same
+            way; what else it does in Python is done while it is recorded, and not again
+        :param module: What it reads and changes
+        :param optimizers: Their state, too; those that are not ``capturable`` keep numbers that a graph would not see change
+        :return: A function of positional arguments with the same results and effects
+        """
+        allowed = all(group.get("capturable") for optimizer in optimizers for group in optimizer.param_groups)
+        return Recorded(procedure, module, optimizers) if self.mode == "cuda_graph" and allowed else procedure
+
 
 class Compiled(Generic[T]):
     """A function that is compiled whenever it is called with arguments of a new shape.
@@ -137,6 +154,7 @@ class Compiled(Generic[T]):
 
     def __init__(self, function: Callable[..., T], module: nn.Module, executor: Executor) -> None:
         self.function = function
+        self.__name__ = _name(function)
         self.module = module
         self.executor = executor
         self.programs: dict[Any, _Program] = {}
@@ -149,19 +167,17 @@ class Compiled(Generic[T]):
             return program(args)
         if self.failed or (program is None and len(self.programs) >= MAX_SHAPES):
             return self.function(*args)
-        name = getattr(self.function, "__name__", repr(self.function)).strip("_")
         started = time.perf_counter()
         try:
             with quiet():
-                program = self.programs[key] = _Program(self.function, self.module, args, self.executor.mode)
+                program = self.programs[key] = _Program(self.function, self.module, args)
                 result = program(args)
         except Exception as error:
             result = self.function(*args)  # raises what is the function's own
             self.failed = True
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            warnings.warn(f"{name} could not be compiled and runs eagerly: {reason}", stacklevel=2)
+            warnings.warn(f"{self.__name__} could not be compiled and runs eagerly: {_reason(error)}", stacklevel=2)
             return result
-        self.executor.report(f"Compiled {name} in {time.perf_counter() - started:.0f} s.")
+        self.executor.report(f"Compiled {self.__name__} in {time.perf_counter() - started:.0f} s.")
         return result
 
     def __reduce__(self) -> Any:
@@ -171,16 +187,15 @@ class Compiled(Generic[T]):
 class _Program:
     """A compiled function for arguments of certain shapes."""
 
-    def __init__(self, function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], mode: str) -> None:
+    def __init__(self, function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...]) -> None:
         graph = trace(function, module, args)
         self.locations, self.arguments, self.structure = graph.state, graph.arguments, graph.structure
         self.state = self._read_state()
         inputs = self._inputs(args)
-        if mode == "compile" and all(tensor.device.type == "cpu" for tensor in inputs):
+        if all(tensor.device.type == "cpu" for tensor in inputs):
             self.run = load_library(graph.module, inputs)
         else:
-            options: dict[str, Any] = {"fallback_random": True, "triton.cudagraphs": mode == "cuda_graph"}
-            compiled = torch.compile(graph.module, options=options, dynamic=False, fullgraph=True)
+            compiled = torch.compile(graph.module, options={"fallback_random": True}, dynamic=False, fullgraph=True)
             self.run = lambda tensors: compiled(*tensors)
 
     def is_current(self) -> bool:
@@ -196,3 +211,83 @@ class _Program:
 
     def _inputs(self, args: tuple[Any, ...]) -> list[Tensor]:
         return [tensor.contiguous() for tensor in (*self.state, *(args[i] for i in self.arguments))]
+
+
+class Recorded(Generic[T]):
+    """A procedure whose kernels are recorded once as a CUDA graph and then launched together.
+
+    Its first calls run as written, and so do calls with other tensors than those of ``module`` and ``optimizers`` were when
+    it was recorded, until they have been recorded too. A copy of it is the procedure as written, of the copied module.
+
+    :param procedure: See :meth:`Executor.record`
+    :param module: See :meth:`Executor.record`
+    :param optimizers: See :meth:`Executor.record`
+    """
+
+    def __init__(self, procedure: Callable[..., T], module: nn.Module, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
+        self.procedure = procedure
+        self.module = module
+        self.optimizers = optimizers
+        self.locations = state_locations(module)
+        self.recordings: dict[Any, _Recording] = {}
+        self.calls: Counter[Any] = Counter()
+        self.failed = False
+
+    def __call__(self, *args: Any) -> T:
+        leaves, structure = pytree.tree_flatten(args)
+        key = (structure, *((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in leaves))
+        state = self._state()
+        recording = self.recordings.get(key)
+        if recording is not None and all(map(operator.is_, state, recording.state)):
+            return recording(leaves)
+        if self.failed or self.calls[key] < CALLS_BEFORE_RECORDING or (recording is None and len(self.recordings) >= MAX_SHAPES):
+            self.calls[key] += 1
+            return self.procedure(*args)
+        self.calls[key] = 0
+        try:
+            recording = self.recordings[key] = _Recording(self.procedure, leaves, structure, state)
+        except Exception as error:
+            self.failed = True
+            warnings.warn(f"{_name(self.procedure)} could not be recorded as a CUDA graph: {_reason(error)}", stacklevel=2)
+            return self.procedure(*args)
+        return recording(leaves)
+
+    def _state(self) -> list[Any]:
+        """What a recording is bound to. The state of an optimizer is another dictionary when it is loaded."""
+        return [*(owner[key] for owner, key in self.locations), *(optimizer.state for optimizer in self.optimizers)]
+
+    def __reduce__(self) -> Any:
+        return _unchanged, (self.procedure,)
+
+
+class _Recording:
+    """A CUDA graph of a procedure, with the tensors that it reads its arguments from."""
+
+    def __init__(
+        self, procedure: Callable[..., Any], leaves: list[Any], structure: pytree.TreeSpec, state: list[Any]
+    ) -> None:
+        self.state = state
+        self.arguments = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.graph = torch.cuda.CUDAGraph()
+        # Recording computes nothing: the caller launches the graph for the call that it is made in, too.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.results = procedure(*pytree.tree_unflatten(self.arguments, structure))
+        self.inputs = [argument for argument in self.arguments if isinstance(argument, Tensor)]
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        with torch.no_grad():
+            torch._foreach_copy_(self.inputs, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+            self.graph.replay()
+            return pytree.tree_map_only(Tensor, Tensor.clone, self.results)  # the next launch overwrites them
+
+
+def _unchanged(procedure: T) -> T:
+    return procedure
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", repr(function)).strip("_")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

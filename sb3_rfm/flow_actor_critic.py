@@ -42,6 +42,7 @@ from sb3_rfm.execution import (
     ExecutionMode,
     Executor,
     Precision,
+    Recorded,
     check_execution,
     keep_freed_memory,
     resolve_mode,
@@ -120,6 +121,7 @@ class FlowActorCritic(PersistentAlgorithm):
     critic_target: QCritic
     default_coefficient: ClassVar[Coefficient | None] = None
     coefficient_is_fixed: ClassVar[bool] = True
+    _metric_names: list[str]
 
     def __init__(
         self,
@@ -245,8 +247,10 @@ class FlowActorCritic(PersistentAlgorithm):
     def _prepare_functions(self, executor: Executor) -> None:
         """Have the functions that take the time run by ``executor``."""
         self._executor = executor
+        self._learning_rate = th.zeros((), device=self.device)
         self._run_gradients = executor.prepare(self._gradients, self.policy)
-        self.policy.run_act = executor.prepare(self.policy.act, self.policy)
+        self._run_update = executor.record(self._update, self.policy, self.actor.optimizer, self.critic.optimizer)
+        self.policy.run_act = executor.record(executor.prepare(self.policy.act, self.policy), self.policy)
 
     def _inform(self, text: str) -> None:
         """Tell the user something that is no warning."""
@@ -300,28 +304,38 @@ class FlowActorCritic(PersistentAlgorithm):
 
     # The update
 
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        if not isinstance(self._run_update, Recorded):
+            return
+        # Where a recorded update reads it: a number would be that of the moment of recording.
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            for group in optimizer.param_groups:
+                group["lr"] = self._learning_rate.fill_(group["lr"])
+
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """Do ``gradient_steps`` updates on batches of ``batch_size`` transitions."""
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
 
-        metrics: dict[str, Tensor] = {}
-        history: list[Tensor] = []
+        history = []
         for _ in range(gradient_steps):
             batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
-            update_reward_scale(self.policy, batch.rewards, self._temperature_share is not None)
-            metrics = self._update_networks(batch)
-            if self._temperature_share is not None:
-                update_temperature(self.policy, metrics["action_spread"], self._temperature_share, self._n_updates)
-            metrics["temperature"] = self.policy.temperature.clone()
-            self._update_target_critic()
+            history.append(self._run_update(batch, self.gamma, self.tau, self.max_grad_norm))
             self._n_updates += 1
-            history.append(th.stack(list(metrics.values())))  # a copy: CUDA graphs write the next results to the same memory
-        self._log(list(metrics), history)
+        self._log(history)
 
-    def _update_networks(self, batch: Any) -> dict[str, Tensor]:
-        """One step of the critics, and one regression step of the flow."""
-        discounts = th.full_like(batch.rewards, self.gamma) if batch.discounts is None else batch.discounts
+    def _update(self, batch: Any, gamma: float, tau: float, max_grad_norm: float | None) -> Tensor:
+        """One step of the critics, and one regression step of the flow.
+
+        On the GPU this is recorded and launched as a whole: nothing here may look at a number.
+
+        :param batch: What the replay buffer returned
+        :return: The metrics that :meth:`_log` knows by name, (M,)
+        """
+        learns_temperature = self._temperature_share is not None
+        update_reward_scale(self.policy, batch.rewards, learns_temperature)
+        discounts = th.full_like(batch.rewards, gamma) if batch.discounts is None else batch.discounts
         actor_features = self.actor.features(batch.observations)
         critic_features = self.critic.features(batch.observations)
         with th.no_grad():
@@ -336,8 +350,13 @@ class FlowActorCritic(PersistentAlgorithm):
             batch.rewards.flatten(),
             ((1 - batch.dones) * discounts).flatten(),
         )
-        self._step(gradients, _trainable(actor_features, critic_features), feature_gradients)
-        return metrics
+        self._step(gradients, _trainable(actor_features, critic_features), feature_gradients, max_grad_norm)
+        if learns_temperature:
+            update_temperature(self.policy, metrics["action_spread"], self._temperature_share)
+        self._update_target_critic(tau)
+        metrics["temperature"] = self.policy.temperature
+        self._metric_names = list(metrics)
+        return th.stack(list(metrics.values()))
 
     def _gradients(
         self,
@@ -462,19 +481,26 @@ class FlowActorCritic(PersistentAlgorithm):
         return th.take_along_dim(latents, index[..., None], 1)[:, 0], th.take_along_dim(q, index, 1)[:, 0]
 
     @th.no_grad()
-    def _update_target_critic(self) -> None:
+    def _update_target_critic(self, tau: float) -> None:
         """Move the target critic towards the critic, in one call for all parameters; batch-norm statistics are copied."""
         online, target, online_stats, target_stats = self._polyak_tensors
-        th._foreach_lerp_(target, online, self.tau)
+        th._foreach_lerp_(target, online, tau)
         if online_stats:
             th._foreach_copy_(target_stats, online_stats)
 
-    def _step(self, gradients: list[Tensor], features: list[Tensor], feature_gradients: list[Tensor]) -> None:
+    def _step(
+        self,
+        gradients: list[Tensor],
+        features: list[Tensor],
+        feature_gradients: list[Tensor],
+        max_grad_norm: float | None,
+    ) -> None:
         """One step of both optimizers.
 
         :param gradients: Of :meth:`_trained_parameters`
         :param features: Trained features, whose gradients are carried on to their extractors
         :param feature_gradients: Their gradients
+        :param max_grad_norm: Largest norm of the gradient of each; None for no clipping
         """
         optimizers = (self.actor.optimizer, self.critic.optimizer)
         if features:
@@ -484,19 +510,19 @@ class FlowActorCritic(PersistentAlgorithm):
         for parameter, gradient in zip(self._trained, gradients, strict=True):
             parameter.grad = gradient
         for optimizer in optimizers:
-            if self.max_grad_norm is not None:
+            if max_grad_norm is not None:
                 for group in optimizer.param_groups:
-                    th.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+                    th.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
             optimizer.step()
 
     # Logging and persistence
 
-    def _log(self, names: list[str], history: list[Tensor]) -> None:
+    def _log(self, history: list[Tensor]) -> None:
         """Record the mean of each metric over the updates; one transfer from the device for all of them."""
         if not history:
             return
         values = th.stack(history).mean(0).tolist()
-        for name, value in zip(names, values, strict=True):
+        for name, value in zip(self._metric_names, values, strict=True):
             self.logger.record(f"train/{name}", value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
@@ -543,7 +569,7 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "critic", "critic_target", "_path", "_polyak_tensors", "_trained"]
-        own += ["_executor", "_run_gradients", "_reduced"]
+        own += ["_executor", "_run_gradients", "_run_update", "_reduced", "_metric_names", "_learning_rate"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -157,7 +157,8 @@ class FlowPolicy(BoundedPolicy):
     def _make_optimizer(self, parameters: Any, lr_schedule: Schedule) -> th.optim.Optimizer:
         kwargs = dict(self.optimizer_kwargs)
         if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and not {"fused", "foreach", "capturable"} & set(kwargs):
-            kwargs["fused"] = True  # the same update in one kernel; several times cheaper on the CPU
+            # The same update in one kernel, several times cheaper on the CPU; and nothing of its state is kept by the host.
+            kwargs |= {"fused": True, "capturable": True}
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def test_the_target_critic_follows_replaced_parameters() -> None:
     online, target = (critic.q_networks[0].output_layer.weight.detach() for critic in (model.critic, model.critic_target))
     online += 2.0
     expected = (online + target) / 2
-    model._update_target_critic()
+    model._update_target_critic(model.tau)
     th.testing.assert_close(target, expected)
 
 
