@@ -209,8 +209,9 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the deprecation warnings of the compiler's own modules, which some environment packages make visible."""
+    """Hide the warnings of the compiler's own modules: hints, and deprecations that some environment packages make visible."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\._(inductor|dynamo)")
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         yield

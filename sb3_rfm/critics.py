@@ -96,8 +96,10 @@ class QCritic(BaseModel):
         """
         n = self.n_critics
         values = th.cat([self._answer(i, e[i::n], actions[i::n], reduced) for i, e in enumerate(encoded)])
-        turns = th.cat([th.arange(i, len(actions), n, device=actions.device) for i in range(n)])
-        return self.scale * values[turns.argsort()]
+        states = th.arange(len(actions), device=actions.device)
+        critic, turn = states % n, states // n
+        # The answers of one critic after those of another: before them come whole turns, and one more of the first critics.
+        return self.scale * values[critic * (len(actions) // n) + critic.clamp(max=len(actions) % n) + turn]
 
     def _answer(self, index: int, encoded: Tensor, actions: Tensor, reduced: bool) -> Tensor:
         """What one network says, in its own units."""

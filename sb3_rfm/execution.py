@@ -14,6 +14,7 @@ modes see the same noise.
 """
 
 import ctypes
+import functools
 import operator
 import shutil
 import sys
@@ -141,6 +142,36 @@ class Executor:
         allowed = all(group.get("capturable") for optimizer in optimizers for group in optimizer.param_groups)
         return Recorded(procedure, module, optimizers) if self.mode == "cuda_graph" and allowed else procedure
 
+    def parallel(self, *tasks: Callable[[], T]) -> list[T]:
+        """Results of tasks that do not need each other; in a recorded procedure they run at the same time."""
+        if not (self.mode == "cuda_graph" and torch.cuda.is_current_stream_capturing()):
+            return [task() for task in tasks]
+        here, branches, results = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in tasks], []
+        for task, branch in zip(tasks, branches, strict=True):
+            branch.wait_stream(here)
+            with torch.cuda.stream(branch):
+                results.append(task())
+        for branch in branches:
+            here.wait_stream(branch)
+        return results
+
+    def load(self, source: Callable[[], T]) -> T:
+        """What ``source`` puts on the device; with CUDA graphs, beside what the device is computing and not after it."""
+        if self.mode != "cuda_graph":
+            return source()
+        here = torch.cuda.current_stream()
+        with torch.cuda.stream(self._loading):
+            loaded = source()
+        here.wait_stream(self._loading)
+        for leaf in pytree.tree_leaves(loaded):
+            if isinstance(leaf, Tensor) and leaf.is_cuda:
+                leaf.record_stream(here)  # its memory may be used again only when ``here`` is done with it
+        return loaded
+
+    @functools.cached_property
+    def _loading(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
 
 class Compiled(Generic[T]):
     """A function that is compiled whenever it is called with arguments of a new shape.
@@ -240,7 +271,11 @@ class Recorded(Generic[T]):
         recording = self.recordings.get(key)
         if recording is not None and all(map(operator.is_, state, recording.state)):
             return recording(leaves)
-        if self.failed or self.calls[key] < CALLS_BEFORE_RECORDING or (recording is None and len(self.recordings) >= MAX_SHAPES):
+        if (
+            self.failed
+            or self.calls[key] < CALLS_BEFORE_RECORDING
+            or (recording is None and len(self.recordings) >= MAX_SHAPES)
+        ):
             self.calls[key] += 1
             return self.procedure(*args)
         self.calls[key] = 0
@@ -263,9 +298,7 @@ class Recorded(Generic[T]):
 class _Recording:
     """A CUDA graph of a procedure, with the tensors that it reads its arguments from."""
 
-    def __init__(
-        self, procedure: Callable[..., Any], leaves: list[Any], structure: pytree.TreeSpec, state: list[Any]
-    ) -> None:
+    def __init__(self, procedure: Callable[..., Any], leaves: list[Any], structure: pytree.TreeSpec, state: list[Any]) -> None:
         self.state = state
         self.arguments = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.graph = torch.cuda.CUDAGraph()

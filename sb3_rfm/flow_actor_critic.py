@@ -14,7 +14,8 @@ Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), algorithm 1
 
 import inspect
 from abc import abstractmethod
-from typing import Any, ClassVar, TypeVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -23,7 +24,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFrequencyUnit
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sb3_rfm.actors import FlowActor, check_sampler, log_sech2, squash, unsquash
@@ -121,6 +122,7 @@ class FlowActorCritic(PersistentAlgorithm):
     critic_target: QCritic
     default_coefficient: ClassVar[Coefficient | None] = None
     coefficient_is_fixed: ClassVar[bool] = True
+    _metrics: Tensor | None = None
     _metric_names: list[str]
 
     def __init__(
@@ -225,7 +227,6 @@ class FlowActorCritic(PersistentAlgorithm):
         self.critic_target = self.policy.critic_target
         self._reduced = resolve_precision(self.precision, self.device)
         self._prepare_functions(Executor(resolve_mode(self.execution, self.device, n_updates=0), self._inform))
-        self._trained = self._trained_parameters()  # walking the modules in every update is not free
         # The parameters themselves, not their data: those stay the model's own when it is copied or its data replaced.
         self._polyak_tensors: tuple[list[Tensor], ...] = (
             list(self.critic.parameters()),
@@ -248,7 +249,8 @@ class FlowActorCritic(PersistentAlgorithm):
         """Have the functions that take the time run by ``executor``."""
         self._executor = executor
         self._learning_rate = th.zeros((), device=self.device)
-        self._run_gradients = executor.prepare(self._gradients, self.policy)
+        self._run_critic_gradients = executor.prepare(self._critic_gradients, self.policy)
+        self._run_actor_gradients = executor.prepare(self._actor_gradients, self.policy)
         self._run_update = executor.record(self._update, self.policy, self.actor.optimizer, self.critic.optimizer)
         self.policy.run_act = executor.record(executor.prepare(self.policy.act, self.policy), self.policy)
 
@@ -318,12 +320,16 @@ class FlowActorCritic(PersistentAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
 
+        sample = partial(self.replay_buffer.sample, batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
         history = []
         for _ in range(gradient_steps):
-            batch = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+            batch = self._executor.load(sample)
+            self._record_metrics()  # of the last call: the device had the time of loading to finish it
             history.append(self._run_update(batch, self.gamma, self.tau, self.max_grad_norm))
             self._n_updates += 1
-        self._log(history)
+        self._metrics = th.stack(history).mean(0) if history else None
+        if self.device.type != "cuda":
+            self._record_metrics()
 
     def _update(self, batch: Any, gamma: float, tau: float, max_grad_norm: float | None) -> Tensor:
         """One step of the critics, and one regression step of the flow.
@@ -331,60 +337,58 @@ class FlowActorCritic(PersistentAlgorithm):
         On the GPU this is recorded and launched as a whole: nothing here may look at a number.
 
         :param batch: What the replay buffer returned
-        :return: The metrics that :meth:`_log` knows by name, (M,)
+        :return: Metrics, in the order of ``_metric_names``, (M,)
         """
-        learns_temperature = self._temperature_share is not None
-        update_reward_scale(self.policy, batch.rewards, learns_temperature)
+        share = self._temperature_share
+        update_reward_scale(self.policy, batch.rewards, scale_temperature=share is not None)
         discounts = th.full_like(batch.rewards, gamma) if batch.discounts is None else batch.discounts
         actor_features = self.actor.features(batch.observations)
         critic_features = self.critic.features(batch.observations)
         with th.no_grad():
             next_actor_features = self.actor.features(batch.next_observations)
             next_critic_features = self.critic_target.features(batch.next_observations)
-        metrics, gradients, feature_gradients = self._run_gradients(
-            actor_features,
+        rewards, discounts = batch.rewards.flatten(), ((1 - batch.dones) * discounts).flatten()
+        critic_gradients = partial(
+            self._run_critic_gradients,
             critic_features,
             batch.actions,
             next_actor_features,
             next_critic_features,
-            batch.rewards.flatten(),
-            ((1 - batch.dones) * discounts).flatten(),
+            rewards,
+            discounts,
         )
-        self._step(gradients, _trainable(actor_features, critic_features), feature_gradients, max_grad_norm)
-        if learns_temperature:
-            update_temperature(self.policy, metrics["action_spread"], self._temperature_share)
+        actor_gradients = partial(self._run_actor_gradients, actor_features, critic_features.detach(), batch.actions)
+        critic_result, actor_result = self._executor.parallel(critic_gradients, actor_gradients)
+        self._train_extractors(_trained(actor_features, critic_features), actor_result.features + critic_result.features)
+        self._executor.parallel(
+            partial(_step, self.critic.optimizer, self.critic.q_networks, critic_result.parameters, max_grad_norm),
+            partial(_step, self.actor.optimizer, self.actor.network, actor_result.parameters, max_grad_norm),
+        )
+        metrics = critic_result.metrics | actor_result.metrics
+        if share is not None:
+            update_temperature(self.policy, metrics["action_spread"], share)
         self._update_target_critic(tau)
         metrics["temperature"] = self.policy.temperature
         self._metric_names = list(metrics)
         return th.stack(list(metrics.values()))
 
-    def _gradients(
+    def _critic_gradients(
         self,
-        actor_features: Tensor,
-        critic_features: Tensor,
+        features: Tensor,
         actions: Tensor,
         next_actor_features: Tensor,
         next_critic_features: Tensor,
         rewards: Tensor,
         discounts: Tensor,
-    ) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
-        """Gradients of the losses of critics and flow, which train no parameter in common: one backward pass serves both.
+    ) -> "_Gradients":
+        """Gradients of :meth:`_critic_loss`, which has the same parameters."""
+        loss, metrics = self._critic_loss(features, actions, next_actor_features, next_critic_features, rewards, discounts)
+        return _differentiate(loss, self.critic.q_networks, features, metrics)
 
-        The parameters are those of :meth:`_critic_loss` and :meth:`_actor_loss`.
-
-        :return: Metrics, gradients of the networks' parameters, and those of the features that are trained
-        """
-        critic_loss, critic_metrics = self._critic_loss(
-            critic_features, actions, next_actor_features, next_critic_features, rewards, discounts
-        )
-        actor_loss, actor_metrics = self._actor_loss(actor_features, critic_features.detach(), actions)
-        parameters, features = self._trained_parameters(), _trainable(actor_features, critic_features)
-        gradients = th.autograd.grad(critic_loss + actor_loss, [*parameters, *features])
-        return critic_metrics | actor_metrics, [*gradients[: len(parameters)]], [*gradients[len(parameters) :]]
-
-    def _trained_parameters(self) -> list[Tensor]:
-        """What :meth:`_gradients` is about: the parameters of the networks behind the feature extractors."""
-        return [*self.actor.network.parameters(), *self.critic.q_networks.parameters()]
+    def _actor_gradients(self, actor_features: Tensor, critic_features: Tensor, actions: Tensor) -> "_Gradients":
+        """Gradients of :meth:`_actor_loss`, which has the same parameters."""
+        loss, metrics = self._actor_loss(actor_features, critic_features, actions)
+        return _differentiate(loss, self.actor.network, actor_features, metrics)
 
     def _critic_loss(
         self,
@@ -488,43 +492,27 @@ class FlowActorCritic(PersistentAlgorithm):
         if online_stats:
             th._foreach_copy_(target_stats, online_stats)
 
-    def _step(
-        self,
-        gradients: list[Tensor],
-        features: list[Tensor],
-        feature_gradients: list[Tensor],
-        max_grad_norm: float | None,
-    ) -> None:
-        """One step of both optimizers.
-
-        :param gradients: Of :meth:`_trained_parameters`
-        :param features: Trained features, whose gradients are carried on to their extractors
-        :param feature_gradients: Their gradients
-        :param max_grad_norm: Largest norm of the gradient of each; None for no clipping
-        """
-        optimizers = (self.actor.optimizer, self.critic.optimizer)
+    def _train_extractors(self, features: list[Tensor], gradients: list[Tensor]) -> None:
+        """Carry the gradients of trained features on to their extractors."""
         if features:
-            for optimizer in optimizers:
+            for optimizer in (self.actor.optimizer, self.critic.optimizer):
                 optimizer.zero_grad(set_to_none=True)
-            th.autograd.backward(features, feature_gradients)
-        for parameter, gradient in zip(self._trained, gradients, strict=True):
-            parameter.grad = gradient
-        for optimizer in optimizers:
-            if max_grad_norm is not None:
-                for group in optimizer.param_groups:
-                    th.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
-            optimizer.step()
+            th.autograd.backward(features, gradients)
 
     # Logging and persistence
 
-    def _log(self, history: list[Tensor]) -> None:
-        """Record the mean of each metric over the updates; one transfer from the device for all of them."""
-        if not history:
+    def _record_metrics(self) -> None:
+        """Record the mean of each metric over the updates of a call of :meth:`train`; one transfer for all of them."""
+        if self._metrics is None:
             return
-        values = th.stack(history).mean(0).tolist()
-        for name, value in zip(self._metric_names, values, strict=True):
+        for name, value in zip(self._metric_names, self._metrics.tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self._metrics = None
+
+    def dump_logs(self) -> None:
+        self._record_metrics()
+        super().dump_logs()
 
     def _store_transition(
         self,
@@ -568,17 +556,51 @@ class FlowActorCritic(PersistentAlgorithm):
         return settled
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["actor", "critic", "critic_target", "_path", "_polyak_tensors", "_trained"]
-        own += ["_executor", "_run_gradients", "_run_update", "_reduced", "_metric_names", "_learning_rate"]
+        own = ["actor", "critic", "critic_target", "_path", "_polyak_tensors", "_reduced", "_metrics", "_metric_names"]
+        own += ["_executor", "_run_critic_gradients", "_run_actor_gradients", "_run_update", "_learning_rate"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []
 
 
-def _trainable(*features: Tensor) -> list[Tensor]:
-    """The features whose extractors are trained."""
+class _Gradients(NamedTuple):
+    """Gradients of a loss."""
+
+    metrics: dict[str, Tensor]
+    """What was observed on the way, scalars"""
+    parameters: list[Tensor]
+    """With respect to the network's parameters"""
+    features: list[Tensor]
+    """With respect to the features that it was given, where their extractor is trained; else none"""
+
+
+def _trained(*features: Tensor) -> list[Tensor]:
+    """Those whose extractors are trained."""
     return [tensor for tensor in features if tensor.requires_grad]
+
+
+def _differentiate(loss: Tensor, network: nn.Module, features: Tensor, metrics: dict[str, Tensor]) -> _Gradients:
+    """Gradients of ``loss`` with respect to the network behind the features, and to the features."""
+    parameters = list(network.parameters())
+    gradients = list(th.autograd.grad(loss, [*parameters, *_trained(features)]))
+    return _Gradients(metrics, gradients[: len(parameters)], gradients[len(parameters) :])
+
+
+def _step(optimizer: th.optim.Optimizer, network: nn.Module, gradients: list[Tensor], max_grad_norm: float | None) -> None:
+    """One step of an optimizer.
+
+    :param optimizer: Of the network, and of its features extractor, whose gradients are there
+    :param network: The network behind the extractor
+    :param gradients: Of its parameters
+    :param max_grad_norm: Largest norm of all gradients; None for no clipping
+    """
+    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    if max_grad_norm is not None:
+        for group in optimizer.param_groups:
+            th.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+    optimizer.step()
 
 
 def _running_statistics(critic: QCritic) -> list[Tensor]:
