@@ -147,7 +147,7 @@ class FlowActor(BoundedPolicy):
         self.action_dim = get_action_dim(action_space)
         self.time_embedding = TimeEmbedding()
         self.network = ConditionalMLP(
-            features_dim, self.action_dim + self.time_embedding.dim, self.action_dim, net_arch, activation_fn
+            features_dim, self.action_dim, self.action_dim, net_arch, activation_fn, time_dim=self.time_embedding.dim
         )
         self.configure_sampling(path, source, sampler, integration_steps, t_min)
 
@@ -195,13 +195,11 @@ class FlowActor(BoundedPolicy):
 
         :param encoded: ``network.encode(features)``, (B, H)
         :param latents: ``u_t``, (B, D) or (B, P, D)
-        :param t: Times, (B,) for (B, D), or a scalar for all
+        :param t: Times, (B,) or a scalar for all
         :param reduced: See :meth:`ConditionalMLP.decode`
         :return: Shape of ``latents``
         """
-        embedding = self.time_embedding(t)
-        embedding = embedding.expand(latents.shape[:-1] + embedding.shape[-1:])
-        output = self.network.decode(encoded, th.cat([latents, embedding], dim=-1), reduced)
+        output = self.network.decode(self.network.at_time(encoded, self.time_embedding(t)), latents, reduced)
         return LATENT_BOUND * th.tanh(output / LATENT_BOUND)
 
     def sample_latents(self, features: Tensor, noise: Tensor, deterministic: bool = False, reduced: bool = False) -> Tensor:

@@ -94,12 +94,10 @@ class QCritic(BaseModel):
         :param reduced: See :meth:`q_values`
         :return: (B,) or (B, K)
         """
-        n = self.n_critics
-        values = th.cat([self._answer(i, e[i::n], actions[i::n], reduced) for i, e in enumerate(encoded)])
-        states = th.arange(len(actions), device=actions.device)
-        critic, turn = states % n, states // n
-        # The answers of one critic after those of another: before them come whole turns, and one more of the first critics.
-        return self.scale * values[critic * (len(actions) // n) + critic.clamp(max=len(actions) % n) + turn]
+        n, values = self.n_critics, actions.new_empty(actions.shape[:-1])
+        for i, e in enumerate(encoded):
+            values = th.slice_scatter(values, self._answer(i, e[i::n], actions[i::n], reduced), start=i, step=n)
+        return self.scale * values
 
     def _answer(self, index: int, encoded: Tensor, actions: Tensor, reduced: bool) -> Tensor:
         """What one network says, in its own units."""

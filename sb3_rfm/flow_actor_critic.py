@@ -360,14 +360,12 @@ class FlowActorCritic(PersistentAlgorithm):
         actor_gradients = partial(self._run_actor_gradients, actor_features, critic_features.detach(), batch.actions)
         critic_result, actor_result = self._executor.parallel(critic_gradients, actor_gradients)
         self._train_extractors(_trained(actor_features, critic_features), actor_result.features + critic_result.features)
-        self._executor.parallel(
-            partial(_step, self.critic.optimizer, self.critic.q_networks, critic_result.parameters, max_grad_norm),
-            partial(_step, self.actor.optimizer, self.actor.network, actor_result.parameters, max_grad_norm),
-        )
         metrics = critic_result.metrics | actor_result.metrics
-        if share is not None:
-            update_temperature(self.policy, metrics["action_spread"], share)
-        self._update_target_critic(tau)
+        self._executor.parallel(
+            partial(self._step_critics, critic_result.parameters, tau, max_grad_norm),
+            partial(_step, self.actor.optimizer, self.actor.network, actor_result.parameters, max_grad_norm),
+            partial(update_temperature, self.policy, metrics["action_spread"], share),
+        )
         metrics["temperature"] = self.policy.temperature
         self._metric_names = list(metrics)
         return th.stack(list(metrics.values()))
@@ -484,6 +482,23 @@ class FlowActorCritic(PersistentAlgorithm):
         index = self.policy.choose_index(q)
         return th.take_along_dim(latents, index[..., None], 1)[:, 0], th.take_along_dim(q, index, 1)[:, 0]
 
+    def _train_extractors(self, features: list[Tensor], gradients: list[Tensor]) -> None:
+        """Carry the gradients of trained features on to their extractors."""
+        if features:
+            for optimizer in (self.actor.optimizer, self.critic.optimizer):
+                optimizer.zero_grad(set_to_none=True)
+            th.autograd.backward(features, gradients)
+
+    def _step_critics(self, gradients: list[Tensor], tau: float, max_grad_norm: float | None) -> None:
+        """One step of the critics, and the target critic after them.
+
+        :param gradients: Of the critics' parameters
+        :param tau: Rate of the target critic's moving average
+        :param max_grad_norm: Largest norm of all gradients; None for no clipping
+        """
+        _step(self.critic.optimizer, self.critic.q_networks, gradients, max_grad_norm)
+        self._update_target_critic(tau)
+
     @th.no_grad()
     def _update_target_critic(self, tau: float) -> None:
         """Move the target critic towards the critic, in one call for all parameters; batch-norm statistics are copied."""
@@ -491,13 +506,6 @@ class FlowActorCritic(PersistentAlgorithm):
         th._foreach_lerp_(target, online, tau)
         if online_stats:
             th._foreach_copy_(target_stats, online_stats)
-
-    def _train_extractors(self, features: list[Tensor], gradients: list[Tensor]) -> None:
-        """Carry the gradients of trained features on to their extractors."""
-        if features:
-            for optimizer in (self.actor.optimizer, self.critic.optimizer):
-                optimizer.zero_grad(set_to_none=True)
-            th.autograd.backward(features, gradients)
 
     # Logging and persistence
 

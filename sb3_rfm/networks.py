@@ -2,7 +2,7 @@
 
 Both answer many queries about one state: a critic is asked about K candidate actions, a flow about P particles at N times.
 :class:`ConditionalMLP` therefore splits its first layer, ``W [context, x] + b = (W_c context + b) + W_x x``, so that the
-context's part is computed once per state.
+context's part is computed once per state, and the time's once for all particles.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class ConditionalMLP(nn.Module):
-    """An MLP of ``(context, x)`` that shares the context's share of the first layer among many ``x``.
+    """An MLP of ``(context, x, time)`` that shares the context's part of the first layer among many ``x``.
 
     :param context_dim: Size C of the context
     :param input_dim: Size D of the queries
@@ -23,6 +23,7 @@ class ConditionalMLP(nn.Module):
     :param net_arch: Widths of the hidden layers; may be empty
     :param activation_fn: Activation between layers
     :param layer_norm: Whether to normalise the layers before each activation (Ba et al., arXiv 1607.06450)
+    :param time_dim: Size E of the time's embedding; 0 where there is no time
     """
 
     def __init__(
@@ -33,14 +34,15 @@ class ConditionalMLP(nn.Module):
         net_arch: list[int],
         activation_fn: type[nn.Module] = nn.ReLU,
         layer_norm: bool = False,
+        time_dim: int = 0,
     ) -> None:
         super().__init__()
-        widths = [context_dim + input_dim, *net_arch, output_dim]
+        self.dims = [context_dim, input_dim, time_dim]
+        widths = [sum(self.dims), *net_arch, output_dim]
         layers = [nn.Linear(n_in, n_out) for n_in, n_out in pairwise(widths)]
         activations = [
             nn.Sequential(nn.LayerNorm(width), activation_fn()) if layer_norm else activation_fn() for width in net_arch
         ]
-        self.context_dim = context_dim
         self.first = layers[0]
         pairs = zip(activations[:-1], layers[1:-1], strict=True)
         self.hidden = nn.Sequential(*(module for pair in pairs for module in pair))
@@ -55,20 +57,32 @@ class ConditionalMLP(nn.Module):
 
     def encode(self, context: Tensor) -> Tensor:
         """The context's share of the first layer, (B, C) → (B, H)."""
-        return F.linear(context, self.first.weight[:, : self.context_dim], self.first.bias)
+        weight, _, _ = self.first.weight.split(self.dims, dim=1)
+        return F.linear(context, weight, self.first.bias)
+
+    def at_time(self, encoded: Tensor, time: Tensor) -> Tensor:
+        """Encoded contexts at a time.
+
+        :param encoded: Result of :meth:`encode`, (B, H)
+        :param time: Embedding of the time, (E,) or (B, E)
+        :return: (B, H)
+        """
+        _, _, weight = self.first.weight.split(self.dims, dim=1)
+        return encoded + F.linear(time, weight)
 
     def decode(self, encoded: Tensor, x: Tensor, reduced: bool = False) -> Tensor:
         """Answer queries about encoded contexts.
 
-        :param encoded: Result of :meth:`encode`, (B, H)
+        :param encoded: Result of :meth:`encode`, of :meth:`at_time` where there is time, (B, H)
         :param x: Queries, (B, D) or (B, K, D)
         :param reduced: Multiply matrices in bfloat16
         :return: (B, O) or (B, K, O)
         """
         if x.dim() == 3:
             encoded = encoded.unsqueeze(1)
+        _, weight, _ = self.first.weight.split(self.dims, dim=1)
         with torch.autocast(x.device.type, torch.bfloat16) if reduced else nullcontext():
-            answer = self.last(self.hidden(encoded + F.linear(x, self.first.weight[:, self.context_dim :])))
+            answer = self.last(self.hidden(encoded + F.linear(x, weight)))
         return answer.float() if reduced else answer
 
     def decode_differences(self, encoded: Tensor, x: Tensor) -> Tensor:
@@ -82,7 +96,7 @@ class ConditionalMLP(nn.Module):
         :param x: Queries, (B, K, D)
         :return: (B, K, O)
         """
-        weight = self.first.weight[:, self.context_dim :]
+        _, weight, _ = self.first.weight.split(self.dims, dim=1)
         centre = x.detach().mean(1, keepdim=True)
         # Pre-activations of the mean query (B, 1, H), and what each query adds to them (B, K, H).
         z = encoded.unsqueeze(1) + F.linear(centre, weight)
@@ -96,9 +110,10 @@ class ConditionalMLP(nn.Module):
             return z + dz
         return (self.last[0](z + dz).unsqueeze(-2) * self.output_layer.weight).sum(-1) + self.output_layer.bias
 
-    def forward(self, context: Tensor, x: Tensor) -> Tensor:
-        """``decode(encode(context), x)``."""
-        return self.decode(self.encode(context), x)
+    def forward(self, context: Tensor, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """``decode(at_time(encode(context), time), x)``."""
+        encoded = self.encode(context)
+        return self.decode(encoded if time is None else self.at_time(encoded, time), x)
 
 
 def _linear_bfloat16(x: Tensor, weight: Tensor) -> Tensor:

@@ -26,6 +26,19 @@ def test_is_an_mlp_of_context_and_query(net_arch: list[int], layer_norm: bool) -
     torch.testing.assert_close(network(context, x[:, 0]), expected[:, 0])
 
 
+@pytest.mark.parametrize("net_arch", [[], [32, 16]])
+def test_time_is_one_more_input(net_arch: list[int]) -> None:
+    torch.manual_seed(0)
+    network = ConditionalMLP(5, 3, 2, net_arch, time_dim=4).double()
+    context, x, time = torch.randn(4, 5).double(), torch.randn(4, 7, 3).double(), torch.randn(4, 4).double()
+    everything = torch.cat([context[:, None].expand(4, 7, 5), x, time[:, None].expand(4, 7, 4)], dim=-1)
+    expected = plain(network)(everything)
+    torch.testing.assert_close(network.decode(network.at_time(network.encode(context), time), x), expected)
+    torch.testing.assert_close(network(context, x[:, 0], time), expected[:, 0])
+    everything[..., 8:] = time[0]
+    torch.testing.assert_close(network(context, x, time[0]), plain(network)(everything))
+
+
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("net_arch", [[], [64], [256, 256]])
 def test_differences_are_precise_where_values_are_large(net_arch: list[int], layer_norm: bool) -> None:
