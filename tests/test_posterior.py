@@ -850,6 +850,20 @@ def test_no_gradient_passes_through_the_estimate(coefficient: Any) -> None:
     assert not any(value.requires_grad for value in result)
 
 
+@pytest.mark.parametrize("source", ["gaussian", Laplace(0.0, 1.0)], ids=["gaussian", "laplace"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("coefficient", ["optimal", 0.0])
+def test_the_gradients_it_needs_are_taken_in_inference_mode_too(
+    coefficient: str | float, method: str, source: str | Distribution
+) -> None:
+    estimator = PosteriorMeanEstimator(n_candidates=8, coefficient=coefficient, method=method, source=source)
+    x_t, t = normal(3, 2), times(0.5, 3)
+    expected = estimator(MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        result = estimator(MIXTURE.log_prob, x_t + 0, t + 0, torch.Generator().manual_seed(0))
+    assert_same(result, expected)
+
+
 @pytest.mark.parametrize("arguments", [{"n_candidates": 8}, {"n_candidates": 1}], ids=["eight", "one"])
 def test_without_a_control_variate_the_variance_is_the_plain_one(arguments: dict[str, int]) -> None:
     """Also where one weight is 1, and nothing is known of the variance."""
