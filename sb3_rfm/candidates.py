@@ -96,9 +96,10 @@ def draw_candidates(
     x_t = x_t[:, None]
     noise_precision = (alpha / sigma).square() / source.variance
     precision = (0.0 if data_scale is None else data_scale**-2) + noise_precision
-    # Data of noise x_0: mean - spread * (x_0 - source.mean), in units of the source's standard deviation.
+    source_mean = source.mean.to(x_t) if isinstance(source.mean, Tensor) else source.mean
+    # Data of noise x_0: mean - spread * (x_0 - source_mean), in units of the source's standard deviation.
     spread = (precision * source.variance).rsqrt()
-    broad = (x_t / alpha - sigma / alpha * source.mean) * noise_precision / precision + spread * source.mean
+    broad = (x_t / alpha - sigma / alpha * source_mean) * noise_precision / precision + spread * source_mean
     if guess is None:
         x_1 = broad - spread * noise
         log_r = source.log_prob(noise)
@@ -107,7 +108,7 @@ def draw_candidates(
         if points == "antithetic":
             n_near -= n_near % 2  # pairs stay together
         narrow = guess_spread * spread
-        close = guess[:, None] + narrow * source.mean
+        close = guess[:, None] + narrow * source_mean
         x_1 = torch.cat([close - narrow * noise[:, :n_near], broad - spread * noise[:, n_near:]], dim=1)
         log_near = source.log_prob((close - x_1) / narrow) - x_t.shape[-1] * math.log(guess_spread)
         log_broad = source.log_prob((broad - x_1) / spread)

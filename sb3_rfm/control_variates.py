@@ -27,8 +27,7 @@ def weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
 
 def variance_of_mean(weights: Tensor, values: Tensor) -> Tensor:
     """Delta-method variance of a self-normalised mean, summed over dimensions: (B, K), (B, K, D) → (B,); Owen, eq. 9.10."""
-    deviation = values - weighted_mean(weights, values).unsqueeze(1)
-    return (weights.square() * deviation.square().sum(-1)).sum(1)
+    return (weights.unsqueeze(-1) * _deviation(weights, values)).square().sum((1, 2))
 
 
 def fit_scalar(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
@@ -77,13 +76,15 @@ def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, up
     :param upper: The coefficient that leaves nothing but gradients; 1 in noise coordinates with a standard Gaussian source
     :return: ``c``, (B, D)
     """
-    equal = valid / valid.sum(1, keepdim=True).clamp(min=1)
+    equal = valid.to(weights) / valid.sum(1, keepdim=True).clamp(min=1)
     fitted = torch.minimum(_shrink(weights, values, stein, upper), _shrink(equal, values, stein, upper))
 
-    distance = (values - weighted_mean(weights, values).unsqueeze(1)).square().sum(-1)
-    # Leaving out candidate k moves the mean by W_k / (1 - W_k) times its distance. At W_k = 1 the distance is zero as well.
-    influence = weights / (1 - weights).clamp(min=torch.finfo(weights.dtype).eps)
-    length = ((weights + influence.square()) * distance).sum(1).sqrt()
+    # Leaving out candidate k moves the mean by W_k / (1 - W_k) times its deviation: if it is the only one that counts, to the
+    # mean of the others, however little they weigh. Where they weigh nothing at all, it is as if there were no others: all
+    # deviations that count are 0, the fit with these weights knows nothing, and the coefficient is 0.
+    deviation, influence = _deviation(weights, values), weights / _positive(_others(weights))
+    moved = influence.unsqueeze(-1) * deviation
+    length = (weights * deviation.square().sum(-1) + moved.square().sum(-1)).sum(1).sqrt()
     correction = (fitted * weighted_mean(weights, stein)).square().sum(-1).sqrt()
     return fitted * torch.nan_to_num(length / _positive(correction), nan=0.0).clamp(max=1).unsqueeze(1)
 
@@ -129,11 +130,33 @@ def _shrunk_coefficient(covariance: Tensor, variance: Tensor, spread: Tensor, fr
 
 
 def _second_moments(weights: Tensor, values: Tensor, stein: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Covariance of ``f`` and ``s``, variance of ``s`` and variance of ``f``, under squared weights, each (B, D)."""
-    squared = weights.square().unsqueeze(-1)
-    values = values - weighted_mean(weights, values).unsqueeze(1)
-    stein = stein - weighted_mean(weights, stein).unsqueeze(1)
-    return (squared * values * stein).sum(1), (squared * stein.square()).sum(1), (squared * values.square()).sum(1)
+    """Covariance of ``f`` and ``s``, variance of ``s`` and variance of ``f``, under squared weights, each (B, D).
+
+    Weights are relative to those of all but the heaviest candidate, with whose squares the moments would vanish.
+    """
+    relative = (weights / _positive(_others(weights).amin(1, keepdim=True))).unsqueeze(-1)
+    values, stein = relative * _deviation(weights, values), relative * _deviation(weights, stein)
+    return (values * stein).sum(1), stein.square().sum(1), values.square().sum(1)
+
+
+def _deviation(weights: Tensor, values: Tensor) -> Tensor:
+    """``f_k - sum_j W_j f_j``: (B, K), (B, K, D) → (B, K, D).
+
+    Measured from the candidate that has most of the weight, if one does: from that the mean may differ by less than rounding.
+    """
+    values = values - weighted_mean(_has_most(weights).to(weights), values).unsqueeze(1)
+    return values - weighted_mean(weights, values).unsqueeze(1)
+
+
+def _others(weights: Tensor) -> Tensor:
+    """``1 - W_k``, what all others weigh, also where ``W_k`` rounds to 1: (B, K) → (B, K)."""
+    has_most = _has_most(weights)
+    return torch.where(has_most, weights.masked_fill(has_most, 0.0).sum(1, keepdim=True), 1 - weights)
+
+
+def _has_most(weights: Tensor) -> Tensor:
+    """Which candidate, at most one of a row, outweighs all others together: (B, K) → (B, K)."""
+    return weights > 0.5
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -408,8 +408,8 @@ def value_and_gradient(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
             value, pull_back, *_ = torch.func.vjp(log_prob, x.detach())
             (gradient,) = pull_back(torch.ones_like(value))
         return value, gradient
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_(True)  # a clone, as one made in inference mode cannot have a gradient
         value = log_prob(x)
         (gradient,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), gradient

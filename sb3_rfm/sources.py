@@ -143,23 +143,23 @@ class DistributionSource(Source):
             return super().centre(like)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        log_prob = self.distribution.log_prob(x)
+        log_prob = self.distribution.log_prob(x).to(x.dtype)
         return log_prob if self.distribution.event_shape else log_prob.sum(-1)
 
     def score(self, x: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().clone().requires_grad_(True)  # a clone, as one made in inference mode cannot have a gradient
             (score,) = torch.autograd.grad(self.log_prob(x).sum(), x)
         return score
 
     def opposite(self, x: Tensor) -> Tensor:
         self._check_quantiles("Antithetic")
         margin = torch.finfo(x.dtype).eps  # quantiles 0 and 1 are infinite
-        return self.distribution.icdf((1 - self.distribution.cdf(x)).clamp(margin, 1 - margin))
+        return self.distribution.icdf((1 - self.distribution.cdf(x)).clamp(margin, 1 - margin)).to(x.dtype)
 
     def from_uniform(self, u: Tensor) -> Tensor:
         self._check_quantiles("Sobol")
-        return self.distribution.icdf(u)
+        return self.distribution.icdf(u).to(u.dtype)
 
     def _check_quantiles(self, points: str) -> None:
         if not self.has_quantiles:

@@ -157,6 +157,27 @@ def test_plain_samples_are_counted_by_interpolation() -> None:
     assert estimator_errors.worth(curve, 1.0) == 16 and estimator_errors.worth(curve, 1e-3) == math.inf
 
 
+def test_candidates_and_points_do_not_share_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One generator for both would make the candidates depend on the point that they are for."""
+    drawn = []
+
+    class Recorded(densities.Gaussian):
+        def sample(self, n: int, generator: torch.Generator) -> torch.Tensor:
+            drawn.append(torch.randn(n, self.dim, generator=generator))
+            return drawn[-1]
+
+    def rule(sample: estimator_errors.Sample) -> torch.Tensor:
+        drawn.append(sample.values)
+        return torch.zeros(len(sample.values))
+
+    monkeypatch.setitem(estimator_errors.RULES, "recorded", rule)
+    estimator_errors.measure_cell([Recorded(2, 1)], 0.5, 4, "source", 8, 0, ("noise (0)", "recorded"))
+    points, candidates = drawn
+    assert not torch.isin(points, candidates).any()
+    purposes = ((purpose, seed) for purpose in ("points", "candidates", "truth") for seed in range(20))
+    assert len({float(torch.rand((), generator=densities.stream(*each))) for each in purposes}) == 60
+
+
 def test_a_race_compares_at_the_same_time_and_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain samples cost 1 ms and K / 10 ms, with error 8 / K; the other ways cost 11 ms, with an error of 0.02."""
 

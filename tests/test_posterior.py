@@ -612,6 +612,81 @@ def test_the_robust_fit_is_bounded_and_its_correction_no_longer_than_the_spread(
     assert ((c * weighted_mean(weights, stein)).norm(dim=-1) < 12).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("gap", [0.0, 10.0, 17.0, 30.0, 80.0])
+def test_the_bound_on_the_length_is_the_jackknife(gap: float, dtype: torch.dtype) -> None:
+    """Candidates are left out one by one, one of them with a weight that rounds to 1."""
+    log_weights, values = normal(200, 4), normal(200, 4, 3, seed=1)
+    log_weights[:, 1] += gap
+    weights = torch.softmax(log_weights, 1)
+    mean = weighted_mean(weights, values)
+    squared = (weights * (values - mean[:, None]).square().sum(-1)).sum(1)
+    for k in range(4):
+        kept = torch.arange(4) != k
+        without = weighted_mean(torch.softmax(log_weights[:, kept], 1), values[:, kept])
+        squared += (without - mean).square().sum(-1)
+
+    values, weights = values.to(dtype), torch.softmax(log_weights.to(dtype), 1)
+    stein = 40 - values  # every fit says 1, so that the bound decides
+    c = fit_robust(weights, values, stein, torch.ones_like(weights, dtype=torch.bool))
+    length = (c * weighted_mean(weights, stein)).norm(dim=-1)
+    assert ((c > 0) & (c < 0.5)).all()
+    torch.testing.assert_close(length, squared.sqrt().to(dtype), rtol=1e-3 if dtype == torch.float32 else 1e-8, atol=0)
+
+
+@pytest.mark.parametrize("fit", [fit_scalar, fit_diagonal])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("gap", [0.0, 10.0, 17.0, 40.0, 80.0])
+def test_two_candidates_know_a_gaussian_whatever_their_weights(
+    fit: Callable[..., Tensor], dtype: torch.dtype, gap: float
+) -> None:
+    weights = torch.softmax(torch.tensor([[0.0, -gap]], dtype=dtype), 1)
+    values = torch.tensor([[[0.3, -1.1], [1.2, 0.4]]], dtype=dtype)
+    c = fit(weights, values, 0.7 - 2 * values)
+    torch.testing.assert_close(c, torch.full_like(c, 0.5), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("gap", [10.0, 17.0, 30.0, 80.0])
+def test_single_precision_is_enough_for_the_robust_fit(gap: float) -> None:
+    """The same weights, which single precision rounds to 1 and very little, in both precisions."""
+    log_weights, values = normal(200, 5), normal(200, 5, 3, seed=1)
+    log_weights[:, 2] += gap
+    stein = 0.5 * normal(200, 5, 3, seed=2) - values
+    valid = torch.ones_like(log_weights, dtype=torch.bool)
+    single = fit_robust(torch.softmax(log_weights.float(), 1), values.float(), stein.float(), valid)
+    double = fit_robust(torch.softmax(log_weights, 1), values, stein, valid)
+    assert (double > 0.1).double().mean() > 0.3
+    torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_others_that_weigh_nothing_are_as_good_as_none(dtype: torch.dtype) -> None:
+    weights = torch.tensor([[0.0, 1.0, 0.0]], dtype=dtype)
+    values = normal(1, 3, 2).to(dtype)
+    valid = torch.ones_like(weights, dtype=torch.bool)
+    alone = fit_robust(weights[:, 1:2], values[:, 1:2], 1 - values[:, 1:2], valid[:, 1:2])
+    assert torch.equal(fit_robust(weights, values, 1 - values, valid), alone) and (alone == 0).all()
+
+
+def test_equally_heavy_candidates_have_no_order() -> None:
+    weights = torch.tensor([[0.5, 0.5, 0.0], [0.4, 0.4, 0.2], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
+    values, stein = normal(3, 3, 2), normal(3, 3, 2, seed=1) - normal(3, 3, 2)
+    valid = torch.ones_like(weights, dtype=torch.bool)
+    first = fit_robust(weights, values, stein, valid)
+    for order in ([1, 0, 2], [2, 1, 0], [1, 2, 0]):
+        torch.testing.assert_close(fit_robust(weights[:, order], values[:, order], stein[:, order], valid), first)
+
+
+def test_the_robust_fit_has_no_origin() -> None:
+    """Values moved far away: all weights, the equal ones too, must be as precise as the values."""
+    weights, values = torch.softmax(normal(50, 3), 1), normal(50, 3, 2, seed=1)
+    stein = 0.1 * normal(50, 3, 2, seed=2) - values
+    valid = torch.ones_like(weights, dtype=torch.bool)
+    plain = fit_robust(weights, values, stein, valid)
+    assert (plain > 0.1).double().mean() > 0.5
+    torch.testing.assert_close(fit_robust(weights, values + 1e8, stein, valid), plain, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-12, 1e15])
 def test_the_robust_fit_has_no_unit(scale: float) -> None:
     """In single precision, where the product of two variances would leave its range."""
@@ -773,6 +848,20 @@ def test_no_gradient_passes_through_the_estimate(coefficient: Any) -> None:
     x_t = normal(3, 2).requires_grad_(True)
     result = PosteriorMeanEstimator(coefficient=coefficient)(MIXTURE.log_prob, x_t, times(0.5, 3), guess=2 * x_t)
     assert not any(value.requires_grad for value in result)
+
+
+@pytest.mark.parametrize("source", ["gaussian", Laplace(0.0, 1.0)], ids=["gaussian", "laplace"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("coefficient", ["optimal", 0.0])
+def test_the_gradients_it_needs_are_taken_in_inference_mode_too(
+    coefficient: str | float, method: str, source: str | Distribution
+) -> None:
+    estimator = PosteriorMeanEstimator(n_candidates=8, coefficient=coefficient, method=method, source=source)
+    x_t, t = normal(3, 2), times(0.5, 3)
+    expected = estimator(MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        result = estimator(MIXTURE.log_prob, x_t + 0, t + 0, torch.Generator().manual_seed(0))
+    assert_same(result, expected)
 
 
 @pytest.mark.parametrize("arguments", [{"n_candidates": 8}, {"n_candidates": 1}], ids=["eight", "one"])

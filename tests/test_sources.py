@@ -1,5 +1,6 @@
 """Sources: scores against finite differences, quantiles, seeding, and errors."""
 
+import copy
 import math
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.distributions import (
     VonMises,
 )
 
+from sb3_rfm.candidates import draw_candidates
+from sb3_rfm.paths import get_path
 from sb3_rfm.sources import DistributionSource, GaussianSource, Source, get_source
 
 MIXTURE = MixtureSameFamily(Categorical(torch.tensor([0.3, 0.7])), Normal(torch.tensor([-2.0, 1.0]), torch.tensor([0.5, 1.0])))
@@ -44,6 +47,26 @@ def test_the_score_is_the_gradient_of_the_log_density(source: Source) -> None:
         [(source.log_prob(x + h * e) - source.log_prob(x - h * e)) / (2 * h) for e in torch.eye(2, dtype=torch.float64)], -1
     )
     torch.testing.assert_close(source.score(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+def test_a_source_of_double_precision_serves_single_precision(source: Source) -> None:
+    if isinstance(source, DistributionSource):
+        source = DistributionSource(_in_double(source.distribution))
+    x = torch.tensor([[0.3, 0.8], [0.2, 0.7]])
+    functions = [source.log_prob, source.score] + [source.opposite, source.from_uniform] * source.has_quantiles
+    assert all(function(x).dtype == torch.float32 for function in functions)
+    candidates = draw_candidates(get_path("cosine"), source, 4, x, torch.full((2,), 0.5), data_scale=1.0, guess=x)
+    assert candidates.x_0.dtype == torch.float32
+    assert candidates.log_ratio is not None and candidates.log_ratio.dtype == torch.float32
+
+
+def _in_double(part: Any) -> Any:
+    """A distribution with parameters in double precision."""
+    if isinstance(part, Distribution):
+        part = copy.copy(part)
+        vars(part).update({name: _in_double(value) for name, value in vars(part).items()})
+    return part.double() if isinstance(part, torch.Tensor) and part.is_floating_point() else part
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=NAMES)

@@ -8,6 +8,7 @@ many-well; Rezende & Mohamed (arXiv 1505.05770), for the two moons.
 """
 
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,11 @@ from sb3_rfm.paths import CondOTPath
 from sb3_rfm.posterior import PosteriorMeanEstimator
 
 PATH = CondOTPath()
+
+
+def stream(purpose: str, seed: int) -> torch.Generator:
+    """Random numbers independent of those of other purposes and seeds; of a seed, torch looks at the lower 32 bits only."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{purpose} {seed}".encode()))
 
 
 class Points(NamedTuple):
@@ -57,7 +63,7 @@ class Density(ABC):
         if t != self._time:
             self._time, self._points = t, {}
         if (n, seed) not in self._points:
-            generator = torch.Generator().manual_seed(seed)
+            generator = stream("points", seed)
             x_1 = self.sample(n, generator)
             x_t = t * x_1 + (1 - t) * torch.randn(x_1.shape, generator=generator)
             mean = self.data_mean(x_t, t)
@@ -212,7 +218,7 @@ class Critic(Density):
 
     def _estimate(self, x_t: Tensor, t: float, seed: int) -> Tensor:
         first, second = (PosteriorMeanEstimator(PATH, n, data_scale=1.0) for n in self.reference)
-        generator, means = torch.Generator().manual_seed(seed), []
+        generator, means = stream("truth", seed), []
         for row in x_t.split(1):
             at = torch.full((1,), t)
             guess = first(self.log_prob, row, at, generator).x1

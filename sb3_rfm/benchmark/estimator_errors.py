@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sb3_rfm.benchmark.densities import PATH, Density
+from sb3_rfm.benchmark.densities import PATH, Density, stream
 from sb3_rfm.candidates import PointSet, draw_candidates
 from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, weighted_mean
 from sb3_rfm.monte_carlo import effective_sample_size, importance_weights
@@ -147,7 +147,7 @@ def measure_cell(
         reference += reference_error / len(group)
         mean_0 = (x_t - t * mean_1) / (1 - t)
         sizes.append((mean_1 - mean_0).square().sum(-1))
-        generator = torch.Generator().manual_seed(seed + i)
+        generator = stream("candidates", seed + i)
         chunk = max(1, 1_000_000 // (n * density.dim))
         for part in (slice(start, start + chunk) for start in range(0, len(x_t), chunk)):
             sample = Sample(density, x_t[part], t, n, kind, guess[part], generator)
