@@ -1,9 +1,10 @@
 """Choice of execution mode, and the fallback of what cannot be compiled."""
 
+import contextlib
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 from torch.distributions import Categorical, Laplace, MixtureSameFamily, Normal
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_rfm import DQS, QNE, QSM, RFM, compilation, execution
@@ -277,3 +279,89 @@ def test_compiled_runs_are_the_eager_ones() -> None:
     assert mode == "compile"
     torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-5)
     np.testing.assert_allclose(compiled_actions, eager_actions, rtol=0, atol=2e-5)
+
+
+class FakeGraph:
+    """What a CUDA graph does, on the CPU: operations are recorded once, and replayed on the same tensors.
+
+    :param state: What recording must leave as it is
+    """
+
+    def __init__(self, state: Callable[[], list[torch.Tensor]]) -> None:
+        self.state = state
+        self.tape: list[tuple[Any, Any, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        tape, before, random_state = self.tape, [tensor.clone() for tensor in self.state()], torch.get_rng_state()
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                # Aliases, because the shape of a tensor may be changed in place.
+                read = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
+                out = func(*args, **(kwargs or {}))
+                if func.namespace == "aten":  # and not "profiler"
+                    tape.append((func, *read, pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, out)))
+                return out
+
+        with Recorder():
+            yield
+        with torch.no_grad():
+            torch._foreach_copy_(self.state(), before)
+        torch.set_rng_state(random_state)
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.tape:
+            new = func(*args, **kwargs)
+            if all(returned.alias_info is None for returned in func._schema.returns):  # neither views nor changed in place
+                for was, now in zip(pytree.tree_leaves(out), pytree.tree_leaves(new), strict=True):
+                    if isinstance(now, torch.Tensor):
+                        was.copy_(now)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"learning_rate": lambda remaining: 1e-3 * remaining},
+        {"proposal": "policy", "n_target_particles": 2, "n_particles": 2, "max_grad_norm": 0.1, "temperature": 0.1},
+    ],
+)
+def test_a_recorded_update_is_the_update(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever changes from one update to the next must be read from tensors, or be recorded anew."""
+
+    class Recording(Executor):
+        def prepare(self, function: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+            return function
+
+        def load(self, source: Callable[..., Any]) -> Any:
+            return source()
+
+    def run() -> tuple[RFM, np.ndarray]:
+        model = RFM("MlpPolicy", "Pendulum-v1", batch_size=8, learning_starts=20, seed=0, device="cpu", **arguments)
+        model._prepare_functions(Recording("cuda_graph"))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(lambda: tensors_of(model)))
+        model.learn(32)
+        model.tau = 0.5
+        model.learn(10, reset_num_timesteps=False)
+        model.set_parameters(model.get_parameters())  # the optimizers get other tensors
+        model.learn(10, reset_num_timesteps=False)
+        actions, _ = model.predict(np.linspace(-1, 1, 9, dtype=np.float32).reshape(3, 3))
+        return model, actions
+
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph.record())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr("sb3_rfm.flow_actor_critic.resolve_mode", lambda *_, **__: "cuda_graph")
+    recorded, recorded_actions = run()
+    assert len(recorded._run_update.recordings) == 2  # type: ignore[attr-defined]  # one for each tau
+    monkeypatch.setattr(execution, "CALLS_BEFORE_RECORDING", 10**9)
+    written, written_actions = run()
+    for a, b in zip(tensors_of(recorded), tensors_of(written), strict=True):
+        assert torch.equal(a, b)
+    np.testing.assert_array_equal(recorded_actions, written_actions)
+
+
+def tensors_of(model: FlowActorCritic) -> list[torch.Tensor]:
+    """Everything that an update changes."""
+    optimizers = (model.actor.optimizer, model.critic.optimizer)
+    states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    return [*model.policy.parameters(), *model.policy.buffers(), *states]

@@ -133,7 +133,7 @@ def speed(args: argparse.Namespace) -> int:
     with cores(args.threads), console.status("") as status:
         result = speed.measure(list(dict.fromkeys([*cases, speed.REFERENCE])), conditions, status.update)
         speed.write(args.out, result)
-    table = Table(*speed.header(), box=None)
+    table = Table(*speed.header(result), box=None)
     for row in speed.rows(result):
         table.add_row(*row)
     console.print(table)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.utils import get_device
 
 from sb3_rfm.benchmark.cases import LONG_RUN, Sizes, StopAfter, build
 from sb3_rfm.benchmark.figures import COLORS, tidy
@@ -31,7 +32,11 @@ QUANTITIES = {
     "throughput": "1024 at once, actions/s",
     "memory": "memory, MB",
 }
-"""What is measured. One action is the deterministic one; 1024 are sampled, with one particle each."""
+"""What is measured. One action is the deterministic one; 1024 are sampled, with one particle each. Memory is that of the host,
+and measured where the networks are there."""
+
+UPDATES_AT_ONCE = 10
+"""Gradient steps of a call of ``train`` whose updates are counted."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,11 @@ class Measurements:
 
     setup: dict[str, Any]
     first_update: dict[str, float] = field(default_factory=dict)
-    rounds: dict[str, dict[str, list[float]]] = field(default_factory=lambda: {name: {} for name in QUANTITIES})
+    rounds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def add(self, quantity: str, case: str, value: float) -> None:
         """Add the number of one round."""
-        self.rounds[quantity].setdefault(case, []).append(value)
+        self.rounds.setdefault(quantity, {}).setdefault(case, []).append(value)
 
     def median(self, quantity: str, case: str) -> float:
         """Median over the rounds."""
@@ -117,9 +122,10 @@ def measure(cases: list[str], conditions: Conditions, report: Callable[[str], No
             result.add("steps", case, subject.steps_per_second())
             result.add("latency", case, subject.latency())
             result.add("throughput", case, subject.throughput())
-    for case in cases:
-        report(f"{case}: memory")
-        result.add("memory", case, peak_memory(case, conditions))
+    if get_device(conditions.device).type == "cpu":
+        for case in cases:
+            report(f"{case}: memory")
+            result.add("memory", case, peak_memory(case, conditions))
     return result
 
 
@@ -148,8 +154,8 @@ class Subject:
         return model
 
     def updates_per_second(self) -> float:
-        """Calls of ``train(1)`` per second, as ``learn`` makes them."""
-        return 1 / self._time(lambda: self.model.train(1, self.conditions.sizes.batch))
+        """Updates per second, several in each call of ``train``."""
+        return UPDATES_AT_ONCE / self._time(lambda: self.model.train(UPDATES_AT_ONCE, self.conditions.sizes.batch))
 
     def steps_per_second(self) -> float:
         """Environment steps per second of ``learn``, with an update each; the last one, which is cut short, does not count."""
@@ -203,7 +209,7 @@ def rows(result: Measurements) -> list[list[str]]:
     table = []
     for case in result.rounds["updates"]:
         cells = [case]
-        for quantity in QUANTITIES:
+        for quantity in result.rounds:
             value, spread = result.median(quantity, case), result.spread(quantity, case)
             digits = 2 if quantity == "latency" else 0
             plus_minus = f" ±{100 * spread:.0f}%" if len(result.rounds[quantity][case]) > 1 else ""
@@ -212,14 +218,15 @@ def rows(result: Measurements) -> list[list[str]]:
     return table
 
 
-def header() -> list[str]:
+def header(result: Measurements) -> list[str]:
     """Names of the columns of :func:`rows`."""
-    return [f"(÷ {REFERENCE})", *QUANTITIES.values(), "first update, s"]
+    return [f"(÷ {REFERENCE})", *(QUANTITIES[quantity] for quantity in result.rounds), "first update, s"]
 
 
 def markdown(result: Measurements) -> str:
     """The table as Markdown."""
-    lines = [header(), ["---"] * len(header()), *rows(result)]
+    names = header(result)
+    lines = [names, ["---"] * len(names), *rows(result)]
     return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
 
 

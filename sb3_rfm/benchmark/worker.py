@@ -67,7 +67,7 @@ class Evaluator:
         # Mixed by a hash, so that no evaluation shares its episodes with training or with another run.
         self.env.seed(int(np.random.SeedSequence([self.spec.seed, step]).generate_state(1)[0]) % 2**31)
         n_particles = self._set_particles(model, self.particles)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             returns, _ = evaluate_policy(model, self.env, self.spec.eval_episodes, return_episode_rewards=True)
         self._set_particles(model, n_particles)
         return np.asarray(returns, dtype=float).tolist()
