@@ -42,7 +42,8 @@ MAX_SHAPES = 8
 """Shapes of arguments for which a function is compiled or recorded; others run as written."""
 
 CALLS_BEFORE_RECORDING = 3
-"""Calls in which a procedure sets up what it needs: compiled kernels, the state of optimizers, workspaces of libraries."""
+"""Calls in which a procedure sets up what it needs: compiled kernels, the state of optimizers, workspaces of libraries.
+The last of them is watched."""
 
 
 def check_execution(execution: str, precision: str) -> None:
@@ -271,21 +272,40 @@ class Recorded(Generic[T]):
         recording = self.recordings.get(key)
         if recording is not None and all(map(operator.is_, state, recording.state)):
             return recording(leaves)
-        if (
-            self.failed
-            or self.calls[key] < CALLS_BEFORE_RECORDING
-            or (recording is None and len(self.recordings) >= MAX_SHAPES)
-        ):
-            self.calls[key] += 1
+        if self.failed or (recording is None and len(self.recordings) >= MAX_SHAPES):
             return self.procedure(*args)
+        self.calls[key] += 1
+        if self.calls[key] < CALLS_BEFORE_RECORDING:
+            return self.procedure(*args)
+        if self.calls[key] == CALLS_BEFORE_RECORDING:
+            return self._run_watched(args)
         self.calls[key] = 0
         try:
             recording = self.recordings[key] = _Recording(self.procedure, leaves, structure, state)
-        except Exception as error:
-            self.failed = True
-            warnings.warn(f"{_name(self.procedure)} could not be recorded as a CUDA graph: {_reason(error)}", stacklevel=2)
-            return self.procedure(*args)
+        except Exception as error:  # it leaves random generators and memory as they were while recording
+            raise RuntimeError(
+                f"{_name(self.procedure)} could not be recorded as a CUDA graph: {_reason(error)}. "
+                "execution='compile' does without."
+            ) from error
         return recording(leaves)
+
+    def _run_watched(self, args: tuple[Any, ...]) -> T:
+        """Run as written, and see whether the host waits for the device, which it must not while recording."""
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = self.procedure(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        self.failed = any("called a synchronizing" in str(warning.message) for warning in caught)
+        if self.failed:
+            warnings.warn(
+                f"{_name(self.procedure)} could not be recorded as a CUDA graph: the host waits for the device in it.",
+                stacklevel=3,
+            )
+        return result
 
     def _state(self) -> list[Any]:
         """What a recording is bound to. The state of an optimizer is another dictionary when it is loaded."""

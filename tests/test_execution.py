@@ -4,6 +4,7 @@ import contextlib
 import copy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,8 @@ def test_a_recorded_update_is_the_update(arguments: dict[str, Any], monkeypatch:
 
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph.record())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr("sb3_rfm.flow_actor_critic.resolve_mode", lambda *_, **__: "cuda_graph")
     recorded, recorded_actions = run()
     assert len(recorded._run_update.recordings) == 2  # type: ignore[attr-defined]  # one for each tau
@@ -358,6 +361,24 @@ def test_a_recorded_update_is_the_update(arguments: dict[str, Any], monkeypatch:
     for a, b in zip(tensors_of(recorded), tensors_of(written), strict=True):
         assert torch.equal(a, b)
     np.testing.assert_array_equal(recorded_actions, written_actions)
+
+
+def test_what_waits_for_the_device_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode: list[str] = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: "default")
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        if mode[-1:] == ["warn"]:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+        return x * float(x.sum())
+
+    run, x = Executor("cuda_graph").record(look, nn.Module()), torch.ones(3)
+    with pytest.warns(UserWarning) as caught:
+        assert all(run(x).tolist() == [3.0, 3.0, 3.0] for _ in range(6))
+    (warning,) = caught
+    assert str(warning.message) == "look could not be recorded as a CUDA graph: the host waits for the device in it."
+    assert mode == ["warn", "default"]
 
 
 def tensors_of(model: FlowActorCritic) -> list[torch.Tensor]:

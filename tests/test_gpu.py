@@ -28,6 +28,7 @@ class Pictures(gym.Env[dict[str, np.ndarray], np.ndarray]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], Any]:
         super().reset(seed=seed)
+        self.observation_space.seed(int(self.np_random.integers(2**31)))
         return self.observation_space.sample(), {}
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -61,7 +62,7 @@ class AsWritten(Executor):
 
 @pytest.mark.parametrize("env", ["Pendulum-v1", Pictures()])
 def test_recorded_updates_are_the_eager_ones(env: Any) -> None:
-    """To the last bit: a recording has the same kernels, random numbers included."""
+    """A recording has the same kernels, random numbers included; its learning rate has single precision."""
 
     def run(executor: Executor) -> torch.Tensor:
         model = make(env=env, learning_rate=lambda remaining: 1e-3 * remaining, execution=executor.mode)
