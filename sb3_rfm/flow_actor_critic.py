@@ -15,7 +15,7 @@ Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), algorithm 1
 import inspect
 from abc import abstractmethod
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -24,7 +24,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFrequencyUnit
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
 from sb3_rfm.actors import FlowActor, check_sampler, log_sech2, squash, unsquash
@@ -49,6 +49,7 @@ from sb3_rfm.execution import (
     resolve_mode,
     resolve_precision,
 )
+from sb3_rfm.gradients import Gradients, differentiate, step, train_extractors, trained
 from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentAlgorithm
 from sb3_rfm.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
@@ -227,6 +228,9 @@ class FlowActorCritic(PersistentAlgorithm):
         self.critic_target = self.policy.critic_target
         self._reduced = resolve_precision(self.precision, self.device)
         self._prepare_functions(Executor(resolve_mode(self.execution, self.device, n_updates=0), self._inform))
+        # Walking the modules in every update is not free.
+        self._actor_parameters = list(self.actor.network.parameters())
+        self._critic_parameters = list(self.critic.q_networks.parameters())
         # The parameters themselves, not their data: those stay the model's own when it is copied or its data replaced.
         self._polyak_tensors: tuple[list[Tensor], ...] = (
             list(self.critic.parameters()),
@@ -359,11 +363,12 @@ class FlowActorCritic(PersistentAlgorithm):
         )
         actor_gradients = partial(self._run_actor_gradients, actor_features, critic_features.detach(), batch.actions)
         critic_result, actor_result = self._executor.parallel(critic_gradients, actor_gradients)
-        self._train_extractors(_trained(actor_features, critic_features), actor_result.features + critic_result.features)
+        optimizers = (self.actor.optimizer, self.critic.optimizer)
+        train_extractors(optimizers, trained(actor_features, critic_features), actor_result.features + critic_result.features)
         metrics = critic_result.metrics | actor_result.metrics
         self._executor.parallel(
             partial(self._step_critics, critic_result.parameters, tau, max_grad_norm),
-            partial(_step, self.actor.optimizer, self.actor.network, actor_result.parameters, max_grad_norm),
+            partial(step, self.actor.optimizer, self._actor_parameters, actor_result.parameters, max_grad_norm),
             partial(update_temperature, self.policy, metrics["action_spread"], share),
         )
         metrics["temperature"] = self.policy.temperature
@@ -378,15 +383,15 @@ class FlowActorCritic(PersistentAlgorithm):
         next_critic_features: Tensor,
         rewards: Tensor,
         discounts: Tensor,
-    ) -> "_Gradients":
+    ) -> Gradients:
         """Gradients of :meth:`_critic_loss`, which has the same parameters."""
         loss, metrics = self._critic_loss(features, actions, next_actor_features, next_critic_features, rewards, discounts)
-        return _differentiate(loss, self.critic.q_networks, features, metrics)
+        return differentiate(loss, self.critic.q_networks, features, metrics)
 
-    def _actor_gradients(self, actor_features: Tensor, critic_features: Tensor, actions: Tensor) -> "_Gradients":
+    def _actor_gradients(self, actor_features: Tensor, critic_features: Tensor, actions: Tensor) -> Gradients:
         """Gradients of :meth:`_actor_loss`, which has the same parameters."""
         loss, metrics = self._actor_loss(actor_features, critic_features, actions)
-        return _differentiate(loss, self.actor.network, actor_features, metrics)
+        return differentiate(loss, self.actor.network, actor_features, metrics)
 
     def _critic_loss(
         self,
@@ -496,7 +501,7 @@ class FlowActorCritic(PersistentAlgorithm):
         :param tau: Rate of the target critic's moving average
         :param max_grad_norm: Largest norm of all gradients; None for no clipping
         """
-        _step(self.critic.optimizer, self.critic.q_networks, gradients, max_grad_norm)
+        step(self.critic.optimizer, self._critic_parameters, gradients, max_grad_norm)
         self._update_target_critic(tau)
 
     @th.no_grad()
@@ -564,51 +569,23 @@ class FlowActorCritic(PersistentAlgorithm):
         return settled
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["actor", "critic", "critic_target", "_path", "_polyak_tensors", "_reduced", "_metrics", "_metric_names"]
+        own = [
+            "actor",
+            "critic",
+            "critic_target",
+            "_actor_parameters",
+            "_critic_parameters",
+            "_path",
+            "_polyak_tensors",
+            "_reduced",
+            "_metrics",
+            "_metric_names",
+        ]
         own += ["_executor", "_run_critic_gradients", "_run_actor_gradients", "_run_update", "_learning_rate"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []
-
-
-class _Gradients(NamedTuple):
-    """Gradients of a loss."""
-
-    metrics: dict[str, Tensor]
-    """What was observed on the way, scalars"""
-    parameters: list[Tensor]
-    """With respect to the network's parameters"""
-    features: list[Tensor]
-    """With respect to the features that it was given, where their extractor is trained; else none"""
-
-
-def _trained(*features: Tensor) -> list[Tensor]:
-    """Those whose extractors are trained."""
-    return [tensor for tensor in features if tensor.requires_grad]
-
-
-def _differentiate(loss: Tensor, network: nn.Module, features: Tensor, metrics: dict[str, Tensor]) -> _Gradients:
-    """Gradients of ``loss`` with respect to the network behind the features, and to the features."""
-    parameters = list(network.parameters())
-    gradients = list(th.autograd.grad(loss, [*parameters, *_trained(features)]))
-    return _Gradients(metrics, gradients[: len(parameters)], gradients[len(parameters) :])
-
-
-def _step(optimizer: th.optim.Optimizer, network: nn.Module, gradients: list[Tensor], max_grad_norm: float | None) -> None:
-    """One step of an optimizer.
-
-    :param optimizer: Of the network, and of its features extractor, whose gradients are there
-    :param network: The network behind the extractor
-    :param gradients: Of its parameters
-    :param max_grad_norm: Largest norm of all gradients; None for no clipping
-    """
-    for parameter, gradient in zip(network.parameters(), gradients, strict=True):
-        parameter.grad = gradient
-    if max_grad_norm is not None:
-        for group in optimizer.param_groups:
-            th.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
-    optimizer.step()
 
 
 def _running_statistics(critic: QCritic) -> list[Tensor]:

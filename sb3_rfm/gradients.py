@@ -1,0 +1,61 @@
+"""Gradients of networks that read the features of an extractor, and steps along them."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Gradients(NamedTuple):
+    """Gradients of a loss."""
+
+    metrics: dict[str, Tensor]
+    """What was observed on the way, scalars"""
+    parameters: list[Tensor]
+    """With respect to the network's parameters"""
+    features: list[Tensor]
+    """With respect to the features that it was given, where their extractor is trained; else none"""
+
+
+def trained(*features: Tensor) -> list[Tensor]:
+    """Those whose extractors are trained."""
+    return [tensor for tensor in features if tensor.requires_grad]
+
+
+def differentiate(loss: Tensor, network: nn.Module, features: Tensor, metrics: dict[str, Tensor]) -> Gradients:
+    """Gradients of ``loss`` with respect to the network behind the features, and to the features."""
+    parameters = list(network.parameters())
+    gradients = list(torch.autograd.grad(loss, [*parameters, *trained(features)]))
+    return Gradients(metrics, gradients[: len(parameters)], gradients[len(parameters) :])
+
+
+def train_extractors(optimizers: Iterable[torch.optim.Optimizer], features: list[Tensor], gradients: list[Tensor]) -> None:
+    """Carry the gradients of trained features on to their extractors.
+
+    :param optimizers: Those of the extractors' parameters
+    :param features: :func:`trained` features
+    :param gradients: Their gradients
+    """
+    if features:
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(features, gradients)
+
+
+def step(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], gradients: list[Tensor], max_grad_norm: float | None
+) -> None:
+    """One step of an optimizer.
+
+    :param optimizer: Of a network, and of its features extractor, whose gradients are there
+    :param parameters: Of the network behind the extractor
+    :param gradients: Their gradients
+    :param max_grad_norm: Largest norm of all gradients; None for no clipping
+    """
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    if max_grad_norm is not None:
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+    optimizer.step()
