@@ -34,6 +34,9 @@ OPTIONS: dict[str, Any] = {"fallback_random": True, "unroll_reductions_threshold
 """Random numbers come from the eager generators. Averages over a few candidates are written out: as loops, the compiler starts
 a parallel region for each state. And threads share a loop only where each gets this many elements."""
 
+MAX_SHAPES = 8
+"""Shapes of arguments for which a function is compiled or recorded; others run as written."""
+
 COMPILER = (sys.executable, "-m", "sb3_rfm.compilation")
 """The command that makes a library of the graph on its standard input."""
 
@@ -205,6 +208,16 @@ def _processor() -> str:
     lines = information.read_text().splitlines() if information.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return f"{platform.machine()} {platform.processor()} {flags}"
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Name of a function, for messages."""
+    return getattr(function, "__name__", repr(function)).strip("_")
+
+
+def reason_of(error: Exception) -> str:
+    """First line of an error, for messages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ import shutil
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar
 
@@ -28,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sb3_rfm.compilation import load_library, quiet, state_locations, trace
+from sb3_rfm.compilation import MAX_SHAPES, load_library, name_of, quiet, reason_of, trace
+from sb3_rfm.recording import Recorded, load_beside, run_in_parallel
 
 ExecutionMode = Literal["auto", "eager", "compile", "cuda_graph"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -37,13 +37,6 @@ T = TypeVar("T")
 
 MIN_UPDATES_TO_COMPILE = 2_000
 """With ``"auto"``: compiling takes about as long as this many eager updates save."""
-
-MAX_SHAPES = 8
-"""Shapes of arguments for which a function is compiled or recorded; others run as written."""
-
-CALLS_BEFORE_RECORDING = 3
-"""Calls in which a procedure sets up what it needs: compiled kernels, the state of optimizers, workspaces of libraries.
-The last of them is watched."""
 
 
 def check_execution(execution: str, precision: str) -> None:
@@ -145,29 +138,13 @@ class Executor:
 
     def parallel(self, *tasks: Callable[[], T]) -> list[T]:
         """Results of tasks that do not need each other; in a recorded procedure they run at the same time."""
-        if not (self.mode == "cuda_graph" and torch.cuda.is_current_stream_capturing()):
-            return [task() for task in tasks]
-        here, branches, results = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in tasks], []
-        for task, branch in zip(tasks, branches, strict=True):
-            branch.wait_stream(here)
-            with torch.cuda.stream(branch):
-                results.append(task())
-        for branch in branches:
-            here.wait_stream(branch)
-        return results
+        if self.mode == "cuda_graph" and torch.cuda.is_current_stream_capturing():
+            return run_in_parallel(*tasks)
+        return [task() for task in tasks]
 
     def load(self, source: Callable[[], T]) -> T:
         """What ``source`` puts on the device; with CUDA graphs, beside what the device is computing and not after it."""
-        if self.mode != "cuda_graph":
-            return source()
-        here = torch.cuda.current_stream()
-        with torch.cuda.stream(self._loading):
-            loaded = source()
-        here.wait_stream(self._loading)
-        for leaf in pytree.tree_leaves(loaded):
-            if isinstance(leaf, Tensor) and leaf.is_cuda:
-                leaf.record_stream(here)  # its memory may be used again only when ``here`` is done with it
-        return loaded
+        return load_beside(source, self._loading) if self.mode == "cuda_graph" else source()
 
     @functools.cached_property
     def _loading(self) -> torch.cuda.Stream:
@@ -186,7 +163,7 @@ class Compiled(Generic[T]):
 
     def __init__(self, function: Callable[..., T], module: nn.Module, executor: Executor) -> None:
         self.function = function
-        self.__name__ = _name(function)
+        self.__name__ = name_of(function)
         self.module = module
         self.executor = executor
         self.programs: dict[Any, _Program] = {}
@@ -207,7 +184,7 @@ class Compiled(Generic[T]):
         except Exception as error:
             result = self.function(*args)  # raises what is the function's own
             self.failed = True
-            warnings.warn(f"{self.__name__} could not be compiled and runs eagerly: {_reason(error)}", stacklevel=2)
+            warnings.warn(f"{self.__name__} could not be compiled and runs eagerly: {reason_of(error)}", stacklevel=2)
             return result
         self.executor.report(f"Compiled {self.__name__} in {time.perf_counter() - started:.0f} s.")
         return result
@@ -243,104 +220,3 @@ class _Program:
 
     def _inputs(self, args: tuple[Any, ...]) -> list[Tensor]:
         return [tensor.contiguous() for tensor in (*self.state, *(args[i] for i in self.arguments))]
-
-
-class Recorded(Generic[T]):
-    """A procedure whose kernels are recorded once as a CUDA graph and then launched together.
-
-    Its first calls run as written, and so do calls with other tensors than those of ``module`` and ``optimizers`` were when
-    it was recorded, until they have been recorded too. A copy of it is the procedure as written, of the copied module.
-
-    :param procedure: See :meth:`Executor.record`
-    :param module: See :meth:`Executor.record`
-    :param optimizers: See :meth:`Executor.record`
-    """
-
-    def __init__(self, procedure: Callable[..., T], module: nn.Module, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
-        self.procedure = procedure
-        self.module = module
-        self.optimizers = optimizers
-        self.locations = state_locations(module)
-        self.recordings: dict[Any, _Recording] = {}
-        self.calls: Counter[Any] = Counter()
-        self.failed = False
-
-    def __call__(self, *args: Any) -> T:
-        leaves, structure = pytree.tree_flatten(args)
-        key = (structure, *((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in leaves))
-        state = self._state()
-        recording = self.recordings.get(key)
-        if recording is not None and all(map(operator.is_, state, recording.state)):
-            return recording(leaves)
-        if self.failed or (recording is None and len(self.recordings) >= MAX_SHAPES):
-            return self.procedure(*args)
-        self.calls[key] += 1
-        if self.calls[key] < CALLS_BEFORE_RECORDING:
-            return self.procedure(*args)
-        if self.calls[key] == CALLS_BEFORE_RECORDING:
-            return self._run_watched(args)
-        self.calls[key] = 0
-        try:
-            recording = self.recordings[key] = _Recording(self.procedure, leaves, structure, state)
-        except Exception as error:  # it leaves random generators and memory as they were while recording
-            raise RuntimeError(
-                f"{_name(self.procedure)} could not be recorded as a CUDA graph: {_reason(error)}. "
-                "execution='compile' does without."
-            ) from error
-        return recording(leaves)
-
-    def _run_watched(self, args: tuple[Any, ...]) -> T:
-        """Run as written, and see whether the host waits for the device, which it must not while recording."""
-        mode = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                result = self.procedure(*args)
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        self.failed = any("called a synchronizing" in str(warning.message) for warning in caught)
-        if self.failed:
-            warnings.warn(
-                f"{_name(self.procedure)} could not be recorded as a CUDA graph: the host waits for the device in it.",
-                stacklevel=3,
-            )
-        return result
-
-    def _state(self) -> list[Any]:
-        """What a recording is bound to. The state of an optimizer is another dictionary when it is loaded."""
-        return [*(owner[key] for owner, key in self.locations), *(optimizer.state for optimizer in self.optimizers)]
-
-    def __reduce__(self) -> Any:
-        return _unchanged, (self.procedure,)
-
-
-class _Recording:
-    """A CUDA graph of a procedure, with the tensors that it reads its arguments from."""
-
-    def __init__(self, procedure: Callable[..., Any], leaves: list[Any], structure: pytree.TreeSpec, state: list[Any]) -> None:
-        self.state = state
-        self.arguments = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.graph = torch.cuda.CUDAGraph()
-        # Recording computes nothing: the caller launches the graph for the call that it is made in, too.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.results = procedure(*pytree.tree_unflatten(self.arguments, structure))
-        self.inputs = [argument for argument in self.arguments if isinstance(argument, Tensor)]
-
-    def __call__(self, leaves: list[Any]) -> Any:
-        with torch.no_grad():
-            torch._foreach_copy_(self.inputs, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
-            self.graph.replay()
-            return pytree.tree_map_only(Tensor, Tensor.clone, self.results)  # the next launch overwrites them
-
-
-def _unchanged(procedure: T) -> T:
-    return procedure
-
-
-def _name(function: Callable[..., Any]) -> str:
-    return getattr(function, "__name__", repr(function)).strip("_")
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

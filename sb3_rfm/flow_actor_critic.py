@@ -43,7 +43,6 @@ from sb3_rfm.execution import (
     ExecutionMode,
     Executor,
     Precision,
-    Recorded,
     check_execution,
     keep_freed_memory,
     resolve_mode,
@@ -54,6 +53,7 @@ from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentAlgorithm
 from sb3_rfm.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean
+from sb3_rfm.recording import Recorded
 from sb3_rfm.scales import action_spread, update_reward_scale, update_temperature
 from sb3_rfm.sources import Source, get_source
 

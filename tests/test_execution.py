@@ -18,7 +18,7 @@ from torch.distributions import Categorical, Laplace, MixtureSameFamily, Normal
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sb3_rfm import DQS, QNE, QSM, RFM, compilation, execution
+from sb3_rfm import DQS, QNE, QSM, RFM, compilation, execution, recording
 from sb3_rfm.execution import Executor, resolve_mode, resolve_precision
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 
@@ -356,7 +356,7 @@ def test_a_recorded_update_is_the_update(arguments: dict[str, Any], monkeypatch:
     monkeypatch.setattr("sb3_rfm.flow_actor_critic.resolve_mode", lambda *_, **__: "cuda_graph")
     recorded, recorded_actions = run()
     assert len(recorded._run_update.recordings) == 2  # type: ignore[attr-defined]  # one for each tau
-    monkeypatch.setattr(execution, "CALLS_BEFORE_RECORDING", 10**9)
+    monkeypatch.setattr(recording, "CALLS_BEFORE_RECORDING", 10**9)
     written, written_actions = run()
     for a, b in zip(tensors_of(recorded), tensors_of(written), strict=True):
         assert torch.equal(a, b)

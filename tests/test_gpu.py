@@ -12,8 +12,9 @@ from gymnasium import spaces
 from torch import nn
 
 from sb3_rfm import DQS, QNE, QSM, RFM
-from sb3_rfm.execution import Executor, Recorded
+from sb3_rfm.execution import Executor
 from sb3_rfm.flow_actor_critic import FlowActorCritic
+from sb3_rfm.recording import Recorded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
