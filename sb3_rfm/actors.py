@@ -111,7 +111,7 @@ class FlowActor(BoundedPolicy):
     :param source: Where the flow starts
     :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"``
     :param integration_steps: Steps from noise to action
-    :param t_min: Time at which sampling starts
+    :param t_min: First time for which the flow is trained
     """
 
     features_extractor: BaseFeaturesExtractor
@@ -160,7 +160,9 @@ class FlowActor(BoundedPolicy):
         # A copy: compilers leave marks on tensors.
         self._path, self._source = get_path(path), copy.deepcopy(get_source(source)).to(self.device)
         check_sampler(sampler, self._source)
-        self.register_buffer("times", time_grid(integration_steps, t_min, device=self.device), persistent=False)
+        times = time_grid(integration_steps, t_min, device=self.device)
+        times[0] = 0.0  # where there is noise alone; the flow takes it for the time t_min
+        self.register_buffer("times", times, persistent=False)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FlowActor":
         super()._apply(*args, **kwargs)  # moves parameters and buffers
@@ -215,7 +217,7 @@ class FlowActor(BoundedPolicy):
         times = self.times
 
         def data_prediction(x: Tensor, t: Tensor) -> Tensor:
-            return self.predict_data(encoded, x, t, reduced)
+            return self.predict_data(encoded, x, t.clamp(min=self.t_min), reduced)
 
         x = self._path.sigma(times[0]) * noise
         if self.sampler == "langevin" and not deterministic:

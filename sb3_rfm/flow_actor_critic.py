@@ -96,7 +96,7 @@ class FlowActorCritic(PersistentAlgorithm):
         noised actions of the current policy at replayed states
     :param n_particles: Particles drawn when acting, one of which is chosen with probability ∝ exp(min Q / λ)
     :param n_target_particles: The same in the critic's target, and in ``proposal="policy"``
-    :param t_min: Training times lie in [t_min, 1 - t_min]; sampling starts at t_min
+    :param t_min: Training times lie in [t_min, 1 - t_min]
     :param max_grad_norm: Largest norm of a gradient of actor or critic; None for no clipping
     :param execution: How updates and actions are computed: ``"auto"``, ``"eager"``, ``"compile"`` or ``"cuda_graph"``; see
         :mod:`sb3_rfm.execution`

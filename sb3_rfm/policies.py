@@ -49,7 +49,7 @@ class FlowPolicy(BoundedPolicy):
     :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"``
     :param integration_steps: Steps from noise to action
     :param n_particles: Particles to choose among when acting
-    :param t_min: Time at which sampling starts
+    :param t_min: First time for which the flow is trained
     """
 
     actor: FlowActor

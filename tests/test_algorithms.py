@@ -270,6 +270,25 @@ def test_the_target_critic_follows_replaced_parameters() -> None:
     th.testing.assert_close(target, expected)
 
 
+@pytest.mark.parametrize("path", ["cond_ot", "cosine"])
+@pytest.mark.parametrize("sampler", ["ode", "sde"])
+def test_sampling_starts_from_noise_whatever_the_first_training_time(sampler: str, path: str) -> None:
+    """With the exact prediction for a Gaussian target, its mean; a start at ``t_min`` without the target's share has less."""
+    actor = RFM("MlpPolicy", "Pendulum-v1", path=path, sampler=sampler, t_min=0.1, integration_steps=100).policy.actor
+    mean, variance, asked = 2.0, 0.25, []
+
+    def exact(encoded: th.Tensor, x: th.Tensor, t: th.Tensor, reduced: bool = False) -> th.Tensor:
+        alpha, sigma = actor._path.alpha(t), actor._path.sigma(t)
+        asked.append(float(t))
+        return mean + alpha * variance * (x - alpha * mean) / (alpha**2 * variance + sigma**2)
+
+    actor.predict_data = exact  # type: ignore[method-assign]
+    th.manual_seed(0)
+    latents = actor.sample_latents(th.zeros(1, 3), th.randn(1, 20_000, 1))
+    assert min(asked) == pytest.approx(0.1)
+    assert latents.mean().item() == pytest.approx(mean, abs=0.02)
+
+
 # Source
 
 
