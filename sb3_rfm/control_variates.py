@@ -27,7 +27,8 @@ def weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
 
 def variance_of_mean(weights: Tensor, values: Tensor) -> Tensor:
     """Delta-method variance of a self-normalised mean, summed over dimensions: (B, K), (B, K, D) → (B,); Owen, eq. 9.10."""
-    return (weights.unsqueeze(-1) * _deviation(weights, values)).square().sum((1, 2))
+    deviation = _deviation(weights, _from_heaviest(weights, values))
+    return (weights.unsqueeze(-1) * deviation).square().sum((1, 2))
 
 
 def fit_scalar(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def fit_scalar(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
     :param stein: ``s``, (B, K, D), with mean zero under the target
     :return: ``c``, (B,); 0 where the candidates carry no information about it
     """
-    covariance, variance, _ = _second_moments(weights, values, stein)
+    covariance, variance, _ = _second_moments(weights, _from_heaviest(weights, values), _from_heaviest(weights, stein))
     return _ratio(-covariance.sum(-1), variance.sum(-1))
 
 
@@ -50,7 +51,7 @@ def fit_diagonal(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
 
     :return: ``c``, (B, D)
     """
-    covariance, variance, _ = _second_moments(weights, values, stein)
+    covariance, variance, _ = _second_moments(weights, _from_heaviest(weights, values), _from_heaviest(weights, stein))
     return _ratio(-covariance, variance)
 
 
@@ -76,6 +77,8 @@ def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, up
     :param upper: The coefficient that leaves nothing but gradients; 1 in noise coordinates with a standard Gaussian source
     :return: ``c``, (B, D)
     """
+    mean_stein = weighted_mean(weights, stein)
+    values, stein = _from_heaviest(weights, values), _from_heaviest(weights, stein)
     equal = valid.to(weights) / valid.sum(1, keepdim=True).clamp(min=1)
     fitted = torch.minimum(_shrink(weights, values, stein, upper), _shrink(equal, values, stein, upper))
 
@@ -85,7 +88,7 @@ def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, up
     deviation, influence = _deviation(weights, values), weights / _positive(_others(weights))
     moved = influence.unsqueeze(-1) * deviation
     length = (weights * deviation.square().sum(-1) + moved.square().sum(-1)).sum(1).sqrt()
-    correction = (fitted * weighted_mean(weights, stein)).square().sum(-1).sqrt()
+    correction = (fitted * mean_stein).square().sum(-1).sqrt()
     return fitted * torch.nan_to_num(length / _positive(correction), nan=0.0).clamp(max=1).unsqueeze(1)
 
 
@@ -139,12 +142,17 @@ def _second_moments(weights: Tensor, values: Tensor, stein: Tensor) -> tuple[Ten
     return (values * stein).sum(1), stein.square().sum(1), values.square().sum(1)
 
 
-def _deviation(weights: Tensor, values: Tensor) -> Tensor:
-    """``f_k - sum_j W_j f_j``: (B, K), (B, K, D) → (B, K, D).
+def _from_heaviest(weights: Tensor, values: Tensor) -> Tensor:
+    """Values measured from those of the heaviest candidate: (B, K), (B, K, D) → (B, K, D).
 
-    Measured from the candidate that has most of the weight, if one does: from that the mean may differ by less than rounding.
+    Where it has nearly all the weight, the mean differs from it by less than rounding. No deviation depends on where values
+    are measured from.
     """
-    values = values - weighted_mean(_has_most(weights).to(weights), values).unsqueeze(1)
+    return values - torch.take_along_dim(values, weights.argmax(1)[:, None, None], 1)
+
+
+def _deviation(weights: Tensor, values: Tensor) -> Tensor:
+    """``f_k - sum_j W_j f_j`` of values :func:`_from_heaviest`: (B, K), (B, K, D) → (B, K, D)."""
     return values - weighted_mean(weights, values).unsqueeze(1)
 
 
