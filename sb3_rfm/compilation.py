@@ -215,7 +215,7 @@ def name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", repr(function)).strip("_")
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """First line of an error, for messages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

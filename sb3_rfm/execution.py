@@ -8,9 +8,9 @@ The mathematics of the package is written once, as plain functions of tensors. T
 - ``"auto"``: compiled, on the GPU with graphs, where a compiler is at hand and the run is long enough to repay it;
   else eager.
 
-A function that cannot be compiled falls back to eager execution on its own, with a warning, and a procedure that cannot be
-recorded to launching its kernels one by one. Random numbers are drawn by the eager generators in every mode, so that all
-modes see the same noise.
+A function that cannot be compiled falls back to eager execution on its own, with a warning, and a procedure in which the host
+waits for the device to launching its kernels one by one. Random numbers are drawn by the eager generators in every mode, so
+that all modes see the same noise.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sb3_rfm.compilation import MAX_SHAPES, load_library, name_of, quiet, reason_of, trace
-from sb3_rfm.recording import Recorded, load_beside, run_in_parallel
+from sb3_rfm.recording import Recorded, load_beside, on_device, run_in_parallel
 
 ExecutionMode = Literal["auto", "eager", "compile", "cuda_graph"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -103,13 +103,18 @@ class Executor:
 
     :param mode: ``"eager"``, ``"compile"`` or ``"cuda_graph"``
     :param report: Is told how long the compiler took
+    :param device: Where graphs are recorded
     """
 
     def __init__(
-        self, mode: Literal["eager", "compile", "cuda_graph"] = "eager", report: Callable[[str], None] = lambda text: None
+        self,
+        mode: Literal["eager", "compile", "cuda_graph"] = "eager",
+        report: Callable[[str], None] = lambda text: None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.mode = mode
         self.report = report
+        self.device = torch.device(device)
 
     def __reduce__(self) -> Any:
         return Executor, ()  # a copy of a model runs its functions as written, until it learns
@@ -124,17 +129,26 @@ class Executor:
         """
         return function if self.mode == "eager" else Compiled(function, module, self)
 
-    def record(self, procedure: Callable[..., T], module: nn.Module, *optimizers: torch.optim.Optimizer) -> Callable[..., T]:
+    def record(
+        self,
+        procedure: Callable[..., T],
+        module: nn.Module,
+        optimizers: Callable[[], Iterable[torch.optim.Optimizer]] = tuple,
+    ) -> Callable[..., T]:
         """Make ``procedure`` run as one CUDA graph where the mode is ``"cuda_graph"`` and the optimizers allow it.
 
-        :param procedure: A function of tensors that may change the tensors of ``module`` and ``optimizers``, always the same
+        :param procedure: A function of tensors that may change the tensors of ``module`` and optimizers, always the same
             way; what else it does in Python is done while it is recorded, and not again
         :param module: What it reads and changes
-        :param optimizers: Their state, too; those that are not ``capturable`` keep numbers that a graph would not see change
+        :param optimizers: Returns the optimizers that it uses. Those that are neither ``fused`` nor ``capturable`` keep
+            numbers that a graph would not see change
         :return: A function of positional arguments with the same results and effects
         """
-        allowed = all(group.get("capturable") for optimizer in optimizers for group in optimizer.param_groups)
-        return Recorded(procedure, module, optimizers) if self.mode == "cuda_graph" and allowed else procedure
+        groups = [group for optimizer in optimizers() for group in optimizer.param_groups]
+        allowed = all(group.get("fused") or group.get("capturable") for group in groups)
+        if self.mode != "cuda_graph" or not allowed:
+            return procedure
+        return Recorded(procedure, module, optimizers, self.device)
 
     def parallel(self, *tasks: Callable[[], T]) -> list[T]:
         """Results of tasks that do not need each other; in a recorded procedure they run at the same time."""
@@ -143,8 +157,11 @@ class Executor:
         return [task() for task in tasks]
 
     def load(self, source: Callable[[], T]) -> T:
-        """What ``source`` puts on the device; with CUDA graphs, beside what the device is computing and not after it."""
-        return load_beside(source, self._loading) if self.mode == "cuda_graph" else source()
+        """What ``source`` takes from the host and puts on the device; with CUDA graphs, beside what the device computes."""
+        if self.mode != "cuda_graph":
+            return source()
+        with on_device(self.device):
+            return load_beside(source, self._loading)
 
     @functools.cached_property
     def _loading(self) -> torch.cuda.Stream:

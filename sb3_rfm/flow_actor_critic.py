@@ -227,7 +227,7 @@ class FlowActorCritic(PersistentAlgorithm):
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
         self._reduced = resolve_precision(self.precision, self.device)
-        self._prepare_functions(Executor(resolve_mode(self.execution, self.device, n_updates=0), self._inform))
+        self._prepare_functions(Executor(resolve_mode(self.execution, self.device, n_updates=0), self._inform, self.device))
         # Walking the modules in every update is not free.
         self._actor_parameters = list(self.actor.network.parameters())
         self._critic_parameters = list(self.critic.q_networks.parameters())
@@ -255,8 +255,11 @@ class FlowActorCritic(PersistentAlgorithm):
         self._learning_rate = th.zeros((), device=self.device)
         self._run_critic_gradients = executor.prepare(self._critic_gradients, self.policy)
         self._run_actor_gradients = executor.prepare(self._actor_gradients, self.policy)
-        self._run_update = executor.record(self._update, self.policy, self.actor.optimizer, self.critic.optimizer)
+        self._run_update = executor.record(self._update, self.policy, self._optimizers)
         self.policy.run_act = executor.record(executor.prepare(self.policy.act, self.policy), self.policy)
+
+    def _optimizers(self) -> tuple[th.optim.Optimizer, ...]:
+        return self.actor.optimizer, self.critic.optimizer
 
     def _inform(self, text: str) -> None:
         """Tell the user something that is no warning."""
@@ -269,7 +272,7 @@ class FlowActorCritic(PersistentAlgorithm):
         n_updates = self._expected_updates(total_timesteps)
         mode = resolve_mode(self.execution, self.device, n_updates)
         if mode != self._executor.mode:
-            self._prepare_functions(Executor(mode, self._inform))
+            self._prepare_functions(Executor(mode, self._inform, self.device))
         if self.device.type == "cpu":
             keep_freed_memory()
             if mode == "eager" and self.execution == "auto" and n_updates >= MIN_UPDATES_TO_COMPILE:
@@ -318,20 +321,25 @@ class FlowActorCritic(PersistentAlgorithm):
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             for group in optimizer.param_groups:
                 group["lr"] = self._learning_rate.fill_(group["lr"])
+                group["capturable"] = True  # as fused optimizers are, whatever a file says
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """Do ``gradient_steps`` updates on batches of ``batch_size`` transitions."""
         self.policy.set_training_mode(True)
-        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        self._update_learning_rate(list(self._optimizers()))
 
-        sample = partial(self.replay_buffer.sample, batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+        assert self.replay_buffer is not None
+        sample = partial(self.replay_buffer.sample, batch_size, env=self._vec_normalize_env)
+        # Buffers of others may hold their data on the device.
+        is_on_host = type(self.replay_buffer).__module__.startswith(("stable_baselines3.", "sb3_rfm."))
         history = []
         for _ in range(gradient_steps):
-            batch = self._executor.load(sample)
+            batch = self._executor.load(sample) if is_on_host else sample()
             self._record_metrics()  # of the last call: the device had the time of loading to finish it
             history.append(self._run_update(batch, self.gamma, self.tau, self.max_grad_norm))
             self._n_updates += 1
-        self._metrics = th.stack(history).mean(0) if history else None
+        if history:
+            self._metrics = th.stack(history).mean(0)
         if self.device.type != "cuda":
             self._record_metrics()
 
@@ -363,14 +371,17 @@ class FlowActorCritic(PersistentAlgorithm):
         )
         actor_gradients = partial(self._run_actor_gradients, actor_features, critic_features.detach(), batch.actions)
         critic_result, actor_result = self._executor.parallel(critic_gradients, actor_gradients)
-        optimizers = (self.actor.optimizer, self.critic.optimizer)
-        train_extractors(optimizers, trained(actor_features, critic_features), actor_result.features + critic_result.features)
+        train_extractors(
+            self._optimizers(), trained(actor_features, critic_features), actor_result.features + critic_result.features
+        )
         metrics = critic_result.metrics | actor_result.metrics
-        self._executor.parallel(
+        steps = [
             partial(self._step_critics, critic_result.parameters, tau, max_grad_norm),
             partial(step, self.actor.optimizer, self._actor_parameters, actor_result.parameters, max_grad_norm),
-            partial(update_temperature, self.policy, metrics["action_spread"], share),
-        )
+        ]
+        if share is not None:
+            steps.append(partial(update_temperature, self.policy, metrics["action_spread"], share))
+        self._executor.parallel(*steps)
         metrics["temperature"] = self.policy.temperature
         self._metric_names = list(metrics)
         return th.stack(list(metrics.values()))
@@ -487,13 +498,6 @@ class FlowActorCritic(PersistentAlgorithm):
         index = self.policy.choose_index(q)
         return th.take_along_dim(latents, index[..., None], 1)[:, 0], th.take_along_dim(q, index, 1)[:, 0]
 
-    def _train_extractors(self, features: list[Tensor], gradients: list[Tensor]) -> None:
-        """Carry the gradients of trained features on to their extractors."""
-        if features:
-            for optimizer in (self.actor.optimizer, self.critic.optimizer):
-                optimizer.zero_grad(set_to_none=True)
-            th.autograd.backward(features, gradients)
-
     def _step_critics(self, gradients: list[Tensor], tau: float, max_grad_norm: float | None) -> None:
         """One step of the critics, and the target critic after them.
 
@@ -553,7 +557,7 @@ class FlowActorCritic(PersistentAlgorithm):
         progress_bar: bool = False,
     ) -> SelfFlowActorCritic:
         """Learn for ``total_timesteps`` environment steps; see SB3's ``BaseAlgorithm.learn``."""
-        return super().learn(
+        super().learn(
             total_timesteps,
             callback,
             log_interval,
@@ -561,6 +565,8 @@ class FlowActorCritic(PersistentAlgorithm):
             reset_num_timesteps,
             progress_bar,
         )
+        self._record_metrics()
+        return self
 
     def settled_arguments(self) -> dict[str, Any]:
         settled: dict[str, Any] = {"execution": self._executor.mode}  # "auto" chose it by the length of the whole run

@@ -56,6 +56,7 @@ class FlowPolicy(BoundedPolicy):
     critic: QCritic
     critic_target: QCritic
     temperature: Tensor
+    n_batches: Tensor
     n_rewarded_batches: Tensor
     fixed_noise: Tensor
 
@@ -98,6 +99,7 @@ class FlowPolicy(BoundedPolicy):
         self.layer_norm = layer_norm
         self.share_features_extractor = share_features_extractor
         self.register_buffer("temperature", th.ones(()))
+        self.register_buffer("n_batches", th.zeros(()))
         self.register_buffer("n_rewarded_batches", th.zeros(()))
         self.run_act = self.act
         self._build(lr_schedule)
@@ -157,8 +159,7 @@ class FlowPolicy(BoundedPolicy):
     def _make_optimizer(self, parameters: Any, lr_schedule: Schedule) -> th.optim.Optimizer:
         kwargs = dict(self.optimizer_kwargs)
         if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and not {"fused", "foreach", "capturable"} & set(kwargs):
-            # The same update in one kernel, several times cheaper on the CPU; and nothing of its state is kept by the host.
-            kwargs |= {"fused": True, "capturable": True}
+            kwargs["fused"] = True  # the same update in one kernel; several times cheaper on the CPU
         return self.optimizer_class(parameters, lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

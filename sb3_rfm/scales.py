@@ -57,7 +57,7 @@ def action_spread(critic: QCritic, encoded_q: list[Tensor], action_dim: int, n_s
 
 
 @th.no_grad()
-def update_temperature(policy: FlowPolicy, spread: Tensor, fraction: float | None) -> None:
+def update_temperature(policy: FlowPolicy, spread: Tensor, fraction: float) -> None:
     """``temperature="auto"``: follow the spread of Q between random actions.
 
     A Boltzmann policy over D independent action dimensions whose Q differs by S between random actions keeps the same
@@ -65,10 +65,9 @@ def update_temperature(policy: FlowPolicy, spread: Tensor, fraction: float | Non
 
     :param policy: Policy whose temperature is moved
     :param spread: Result of :func:`action_spread`
-    :param fraction: Temperature aimed at, as a share of S / sqrt(D); None to leave it as it is
+    :param fraction: Temperature aimed at, as a share of S / sqrt(D)
     """
-    if fraction is None:
-        return
     value = fraction * spread / policy.actor.action_dim**0.5
-    # The first batches with a reward average over all of them, later ones over about 200.
-    policy.temperature.lerp_(value.clamp(min=1e-12), (1 / policy.n_rewarded_batches).clamp(5e-3, 1))
+    policy.n_batches += 1
+    # The first batches average over all, later ones over about 200.
+    policy.temperature.lerp_(value.clamp(min=1e-12), (1 / policy.n_batches).clamp(min=5e-3))

@@ -67,6 +67,7 @@ def test_recorded_updates_are_the_eager_ones(env: Any) -> None:
 
     def run(executor: Executor) -> torch.Tensor:
         model = make(env=env, learning_rate=lambda remaining: 1e-3 * remaining, execution=executor.mode)
+        executor.device = model.device
         model._prepare_functions(executor)
         model.learn(40)
         assert isinstance(model._run_update, Recorded) == (executor.mode == "cuda_graph")
@@ -101,7 +102,7 @@ def test_optimizers_that_keep_numbers_are_not_recorded() -> None:
 
 def test_what_cannot_be_recorded_runs_as_written() -> None:
     module = nn.Linear(2, 2, device="cuda")
-    run = Executor("cuda_graph").record(lambda x: x * float(x.sum()), module)
+    run = Executor("cuda_graph", device="cuda").record(lambda x: x * float(x.sum()), module)
     x = torch.ones(3, device="cuda")
     with pytest.warns(UserWarning, match="could not be recorded as a CUDA graph"):
         results = [run(x) for _ in range(6)]

@@ -64,13 +64,10 @@ def test_temperature_follows_a_share_of_the_spread(action_dim: int) -> None:
 
     policy = RFM("MlpPolicy", Box()).policy
     share = 0.2 / math.sqrt(action_dim)
-    update_temperature(policy, th.tensor(7.0), 0.2)
-    assert policy.temperature.item() == pytest.approx(share * 7.0)  # before the first reward, that of the last batch
     spreads = [3.0, 5.0, 10.0]
-    for n_rewarded, spread in enumerate(spreads, start=1):
-        policy.n_rewarded_batches.fill_(n_rewarded)
+    for spread in spreads:
         update_temperature(policy, th.tensor(spread), 0.2)
     assert policy.temperature.item() == pytest.approx(share * 6.0)  # the first ones count alike
-    policy.n_rewarded_batches.fill_(10_000)
+    policy.n_batches.fill_(10_000)
     update_temperature(policy, th.tensor(16.0), 0.2)
     assert policy.temperature.item() == pytest.approx(share * (6.0 + 10.0 / 200))  # later ones by 1 / 200
