@@ -822,7 +822,7 @@ def test_every_part_of_the_rule_is_needed(
     without, whole = ({row["rule"]: row for row in cell}[rule] for rule in ("ablated", "optimal"))
     print(f"\n{ablated.__name__}, {name}, t = {t}, K = {n_candidates}, {kind}:", end=" ")
     print(f"{without['ratio']:.3f} ± {without['ratio error']:.3f}, with it {whole['ratio']:.3f} ± {whole['ratio error']:.3f}")
-    assert whole["ratio"] <= 1.005
+    assert whole["ratio"] <= 1.001
     assert without["ratio"] > max(least, 1 + 2 * without["ratio error"])
 
 
