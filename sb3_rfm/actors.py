@@ -192,6 +192,15 @@ class FlowActor(BoundedPolicy):
         """Draw from the source, (n_states, n_particles, D)."""
         return self._source.sample((n_states, n_particles, self.action_dim), self.times)
 
+    def add_noise(self, latents: Tensor, t: Tensor) -> Tensor:
+        """Draw ``u_t`` given ``u_1``.
+
+        :param latents: ``u_1``, (B, D)
+        :param t: Times, (B,)
+        :return: (B, D)
+        """
+        return self._path.interpolate(self.draw_noise(len(latents), 1)[:, 0], latents, t)
+
     def predict_data(self, encoded: Tensor, latents: Tensor, t: Tensor, reduced: bool = False) -> Tensor:
         """``E[u_1 | u_t]``, within ``LATENT_BOUND``.
 

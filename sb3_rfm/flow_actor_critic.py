@@ -1,15 +1,6 @@
 """The training loop that the flow-policy algorithms share.
 
-A batch's way through one update:
-
-    replay buffer → x_t on the path → posterior mean of the Boltzmann policy → loss of the flow   ┐
-                  → action of the policy at the next state → critic target   → loss of the critics ┴→ step → target critic
-
-The policy aimed at is ``pi(a|s) ∝ exp(Q(s, a) / temperature)``. In the latent ``u = atanh(a)`` its log-density is
-``Q(s, tanh u) / temperature + sum_j log sech^2 u_j`` (change of variables), and the flow regresses the posterior mean of
-``u_1`` given ``u_t`` under it.
-
-Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), algorithm 1.
+Here are arguments, logs and files; what is learned from a batch is in :mod:`sb3_rfm.learner`.
 """
 
 import inspect
@@ -27,7 +18,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from torch import Tensor
 from torch.distributions import Distribution
 
-from sb3_rfm.actors import FlowActor, check_sampler, log_sech2, squash, unsquash
+from sb3_rfm.actors import FlowActor, check_sampler
 from sb3_rfm.arguments import (
     check_algorithm,
     check_finite,
@@ -48,13 +39,12 @@ from sb3_rfm.execution import (
     resolve_mode,
     resolve_precision,
 )
-from sb3_rfm.gradients import Gradients, differentiate, step, train_extractors, trained
+from sb3_rfm.learner import Learner
 from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentAlgorithm
 from sb3_rfm.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean
 from sb3_rfm.recording import Recorded
-from sb3_rfm.scales import action_spread, update_reward_scale, update_temperature
 from sb3_rfm.sources import Source, get_source
 
 SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
@@ -124,7 +114,6 @@ class FlowActorCritic(PersistentAlgorithm):
     default_coefficient: ClassVar[Coefficient | None] = None
     coefficient_is_fixed: ClassVar[bool] = True
     _metrics: Tensor | None = None
-    _metric_names: list[str]
 
     def __init__(
         self,
@@ -222,22 +211,10 @@ class FlowActorCritic(PersistentAlgorithm):
         )
         self._temperature_share = parse_auto_temperature(self.temperature)
         self._fix_temperature()
-        self._path = get_path(self.path)
         self.actor = self.policy.actor
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
-        self._reduced = resolve_precision(self.precision, self.device)
         self._prepare_functions(Executor(resolve_mode(self.execution, self.device, n_updates=0), self._inform, self.device))
-        # Walking the modules in every update is not free.
-        self._actor_parameters = list(self.actor.network.parameters())
-        self._critic_parameters = list(self.critic.q_networks.parameters())
-        # The parameters themselves, not their data: those stay the model's own when it is copied or its data replaced.
-        self._polyak_tensors: tuple[list[Tensor], ...] = (
-            list(self.critic.parameters()),
-            list(self.critic_target.parameters()),
-            _running_statistics(self.critic),
-            _running_statistics(self.critic_target),
-        )
 
     def _fix_temperature(self) -> None:
         """Have the policy know the temperature where it is an argument, and not learned."""
@@ -251,15 +228,18 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _prepare_functions(self, executor: Executor) -> None:
         """Have the functions that take the time run by ``executor``."""
-        self._executor = executor
         self._learning_rate = th.zeros((), device=self.device)
-        self._run_critic_gradients = executor.prepare(self._critic_gradients, self.policy)
-        self._run_actor_gradients = executor.prepare(self._actor_gradients, self.policy)
-        self._run_update = executor.record(self._update, self.policy, self._optimizers)
+        self._learner = Learner(
+            self.policy,
+            self._posterior_mean,
+            self.proposal,
+            self.n_target_particles,
+            self.t_min,
+            self._temperature_share,
+            resolve_precision(self.precision, self.device),
+            executor,
+        )
         self.policy.run_act = executor.record(executor.prepare(self.policy.act, self.policy), self.policy)
-
-    def _optimizers(self) -> tuple[th.optim.Optimizer, ...]:
-        return self.actor.optimizer, self.critic.optimizer
 
     def _inform(self, text: str) -> None:
         """Tell the user something that is no warning."""
@@ -271,7 +251,7 @@ class FlowActorCritic(PersistentAlgorithm):
         check_finite("observation", self._last_obs, NOT_LEARNED)
         n_updates = self._expected_updates(total_timesteps)
         mode = resolve_mode(self.execution, self.device, n_updates)
-        if mode != self._executor.mode:
+        if mode != self._learner.executor.mode:
             self._prepare_functions(Executor(mode, self._inform, self.device))
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -311,11 +291,11 @@ class FlowActorCritic(PersistentAlgorithm):
         check_sampler(self.sampler, get_source(self.source))
         check_execution(self.execution, self.precision)
 
-    # The update
+    # Learning
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)
-        if not isinstance(self._run_update, Recorded):
+        if not isinstance(self._learner.run_update, Recorded):
             return
         # Where a recorded update reads it: a number would be that of the moment of recording.
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
@@ -326,7 +306,7 @@ class FlowActorCritic(PersistentAlgorithm):
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """Do ``gradient_steps`` updates on batches of ``batch_size`` transitions."""
         self.policy.set_training_mode(True)
-        self._update_learning_rate(list(self._optimizers()))
+        self._update_learning_rate(list(self._learner.optimizers()))
 
         assert self.replay_buffer is not None
         sample = partial(self.replay_buffer.sample, batch_size, env=self._vec_normalize_env)
@@ -334,141 +314,14 @@ class FlowActorCritic(PersistentAlgorithm):
         is_on_host = type(self.replay_buffer).__module__.startswith(("stable_baselines3.", "sb3_rfm."))
         history = []
         for _ in range(gradient_steps):
-            batch = self._executor.load(sample) if is_on_host else sample()
+            batch = self._learner.executor.load(sample) if is_on_host else sample()
             self._record_metrics()  # of the last call: the device had the time of loading to finish it
-            history.append(self._run_update(batch, self.gamma, self.tau, self.max_grad_norm))
+            history.append(self._learner.run_update(batch, self.gamma, self.tau, self.max_grad_norm))
             self._n_updates += 1
         if history:
             self._metrics = th.stack(history).mean(0)
         if self.device.type != "cuda":
             self._record_metrics()
-
-    def _update(self, batch: Any, gamma: float, tau: float, max_grad_norm: float | None) -> Tensor:
-        """One step of the critics, and one regression step of the flow.
-
-        On the GPU this is recorded and launched as a whole: nothing here may look at a number.
-
-        :param batch: What the replay buffer returned
-        :return: Metrics, in the order of ``_metric_names``, (M,)
-        """
-        share = self._temperature_share
-        update_reward_scale(self.policy, batch.rewards, scale_temperature=share is not None)
-        discounts = th.full_like(batch.rewards, gamma) if batch.discounts is None else batch.discounts
-        actor_features = self.actor.features(batch.observations)
-        critic_features = self.critic.features(batch.observations)
-        with th.no_grad():
-            next_actor_features = self.actor.features(batch.next_observations)
-            next_critic_features = self.critic_target.features(batch.next_observations)
-        rewards, discounts = batch.rewards.flatten(), ((1 - batch.dones) * discounts).flatten()
-        critic_gradients = partial(
-            self._run_critic_gradients,
-            critic_features,
-            batch.actions,
-            next_actor_features,
-            next_critic_features,
-            rewards,
-            discounts,
-        )
-        actor_gradients = partial(self._run_actor_gradients, actor_features, critic_features.detach(), batch.actions)
-        critic_result, actor_result = self._executor.parallel(critic_gradients, actor_gradients)
-        train_extractors(
-            self._optimizers(), trained(actor_features, critic_features), actor_result.features + critic_result.features
-        )
-        metrics = critic_result.metrics | actor_result.metrics
-        steps = [
-            partial(self._step_critics, critic_result.parameters, tau, max_grad_norm),
-            partial(step, self.actor.optimizer, self._actor_parameters, actor_result.parameters, max_grad_norm),
-        ]
-        if share is not None:
-            steps.append(partial(update_temperature, self.policy, metrics["action_spread"], share))
-        self._executor.parallel(*steps)
-        metrics["temperature"] = self.policy.temperature
-        self._metric_names = list(metrics)
-        return th.stack(list(metrics.values()))
-
-    def _critic_gradients(
-        self,
-        features: Tensor,
-        actions: Tensor,
-        next_actor_features: Tensor,
-        next_critic_features: Tensor,
-        rewards: Tensor,
-        discounts: Tensor,
-    ) -> Gradients:
-        """Gradients of :meth:`_critic_loss`, which has the same parameters."""
-        loss, metrics = self._critic_loss(features, actions, next_actor_features, next_critic_features, rewards, discounts)
-        return differentiate(loss, self.critic.q_networks, features, metrics)
-
-    def _actor_gradients(self, actor_features: Tensor, critic_features: Tensor, actions: Tensor) -> Gradients:
-        """Gradients of :meth:`_actor_loss`, which has the same parameters."""
-        loss, metrics = self._actor_loss(actor_features, critic_features, actions)
-        return differentiate(loss, self.actor.network, actor_features, metrics)
-
-    def _critic_loss(
-        self,
-        features: Tensor,
-        actions: Tensor,
-        next_actor_features: Tensor,
-        next_critic_features: Tensor,
-        rewards: Tensor,
-        discounts: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the critics against ``r + discount * min_i Q'_i(s', a')``, with a' from the policy.
-
-        :param features: Critic features of the observations, (B, F)
-        :param actions: (B, D), in [-1, 1]
-        :param next_actor_features: Actor features of the next observations, (B, F)
-        :param next_critic_features: Target-critic features of the next observations, (B, F)
-        :param rewards: (B,)
-        :param discounts: Discount factors, 0 after termination, (B,)
-        :return: Scalar loss, in squared units of ``critic.scale``, and metrics
-        """
-        with th.no_grad():
-            latents, next_q = self._sample_policy(next_actor_features, self.critic_target, next_critic_features)
-            target = rewards + discounts * next_q
-        q = self.critic.q_values(self.critic.encode(features), actions)
-        loss = 0.5 * ((q - target) / self.critic.scale).square().mean(1).sum()
-        return loss, {
-            "critic_loss": loss.detach(),
-            "q_mean": q.detach().mean(),
-            "latent_max": latents.abs().amax(),
-            "saturation": (squash(latents).abs() > 0.99).float().mean(),
-        }
-
-    def _actor_loss(
-        self, actor_features: Tensor, critic_features: Tensor, actions: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the flow's data prediction against the posterior mean of the Boltzmann policy's latent.
-
-        :param actor_features: (B, F)
-        :param critic_features: (B, F)
-        :param actions: Replayed actions, (B, D), in [-1, 1]
-        :return: Scalar loss, in squared units of the latent, and metrics
-        """
-        with th.no_grad():
-            encoded_q = self.critic.encode(critic_features)
-            x_1 = unsquash(actions)
-            if self.proposal == "policy":
-                x_1, _ = self._sample_policy(actor_features, self.critic, critic_features)
-            t = self.t_min + (1 - 2 * self.t_min) * th.rand(x_1.shape[0], device=x_1.device)
-            x_t = self._path.interpolate(self.actor.draw_noise(len(x_1), 1)[:, 0], x_1, t)
-        prediction = self.actor.predict_data(self.actor.network.encode(actor_features), x_t, t)
-
-        def log_prob(u: Tensor) -> Tensor:
-            q = self.critic.split_q(encoded_q, squash(u), self._reduced)
-            return q / self.policy.temperature + log_sech2(u).sum(-1)
-
-        with th.no_grad():
-            posterior = self._posterior_mean(log_prob, x_t, t, guess=prediction.detach())
-            spread = action_spread(self.critic, encoded_q, self.actor.action_dim)
-        loss = (prediction - posterior.x1).square().sum(-1).mean()
-        return loss, {
-            "actor_loss": loss.detach(),
-            "ess": posterior.ess.mean(),
-            "coefficient": posterior.coefficient.mean(),
-            "variance_ratio": posterior.variance_ratio.median(),
-            "action_spread": spread,
-        }
 
     @abstractmethod
     def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
@@ -480,49 +333,13 @@ class FlowActorCritic(PersistentAlgorithm):
         :param guess: The flow's own prediction of the data mean, (B, D)
         """
 
-    def _sample_policy(self, actor_features: Tensor, critic: QCritic, critic_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw from the current policy.
-
-        :param actor_features: (B, F)
-        :param critic: The critic that chooses among ``n_target_particles``
-        :param critic_features: Its features, (B, F)
-        :return: Latents (B, D), and the critic's min Q there (B,)
-        """
-        noise = self.policy.actor.draw_noise(len(actor_features), self.n_target_particles)
-        latents = self.policy.actor.sample_latents(actor_features, noise, reduced=self._reduced)
-        # In bfloat16 particles are compared with each other; one alone has nothing that it could save.
-        reduced = self._reduced and self.n_target_particles > 1
-        q = critic.min_q(critic.encode(critic_features), squash(latents), reduced)
-        if self.n_target_particles == 1:
-            return latents[:, 0], q[:, 0]
-        index = self.policy.choose_index(q)
-        return th.take_along_dim(latents, index[..., None], 1)[:, 0], th.take_along_dim(q, index, 1)[:, 0]
-
-    def _step_critics(self, gradients: list[Tensor], tau: float, max_grad_norm: float | None) -> None:
-        """One step of the critics, and the target critic after them.
-
-        :param gradients: Of the critics' parameters
-        :param tau: Rate of the target critic's moving average
-        :param max_grad_norm: Largest norm of all gradients; None for no clipping
-        """
-        step(self.critic.optimizer, self._critic_parameters, gradients, max_grad_norm)
-        self._update_target_critic(tau)
-
-    @th.no_grad()
-    def _update_target_critic(self, tau: float) -> None:
-        """Move the target critic towards the critic, in one call for all parameters; batch-norm statistics are copied."""
-        online, target, online_stats, target_stats = self._polyak_tensors
-        th._foreach_lerp_(target, online, tau)
-        if online_stats:
-            th._foreach_copy_(target_stats, online_stats)
-
     # Logging and persistence
 
     def _record_metrics(self) -> None:
         """Record the mean of each metric over the updates of a call of :meth:`train`; one transfer for all of them."""
         if self._metrics is None:
             return
-        for name, value in zip(self._metric_names, self._metrics.tolist(), strict=True):
+        for name, value in zip(self._learner.metric_names, self._metrics.tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self._metrics = None
@@ -569,31 +386,14 @@ class FlowActorCritic(PersistentAlgorithm):
         return self
 
     def settled_arguments(self) -> dict[str, Any]:
-        settled: dict[str, Any] = {"execution": self._executor.mode}  # "auto" chose it by the length of the whole run
+        settled: dict[str, Any] = {"execution": self._learner.executor.mode}  # "auto" chose it by the length of the whole run
         if self._temperature_share is not None:
             settled["temperature"] = f"auto_{self._temperature_share}"  # another version may have another default
         return settled
 
     def _excluded_save_params(self) -> list[str]:
-        own = [
-            "actor",
-            "critic",
-            "critic_target",
-            "_actor_parameters",
-            "_critic_parameters",
-            "_path",
-            "_polyak_tensors",
-            "_reduced",
-            "_metrics",
-            "_metric_names",
-        ]
-        own += ["_executor", "_run_critic_gradients", "_run_actor_gradients", "_run_update", "_learning_rate"]
+        own = ["actor", "critic", "critic_target", "_learner", "_learning_rate", "_metrics"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "actor.optimizer", "critic.optimizer"], []
-
-
-def _running_statistics(critic: QCritic) -> list[Tensor]:
-    """What batch normalisation has seen."""
-    return [buffer for name, buffer in critic.named_buffers() if "running_" in name]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sb3_rfm.actors import LATENT_BOUND
 from sb3_rfm.flow_actor_critic import FlowActorCritic
+from sb3_rfm.paths import get_path
 from sb3_rfm.posterior import LogProb, PosteriorMean, value_and_gradient
 from sb3_rfm.sources import GaussianSource, get_source
 
@@ -29,16 +30,17 @@ class QSM(FlowActorCritic):
             )
 
     def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
+        path = get_path(self.path)
         _, score = value_and_gradient(log_prob, x_t.unsqueeze(1))
         # The data mean that has this score, kept where the flow's prediction can follow it.
-        x_1 = self._path.convert(score.squeeze(1), x_t, t, source="score", target="data").clamp(-LATENT_BOUND, LATENT_BOUND)
-        x_0 = self._path.noise_from_data(x_1, x_t, t)
+        x_1 = path.convert(score.squeeze(1), x_t, t, source="score", target="data").clamp(-LATENT_BOUND, LATENT_BOUND)
+        x_0 = path.noise_from_data(x_1, x_t, t)
         one = th.ones_like(t)
         return PosteriorMean(
             x0=x_0,
             x1=x_1,
-            velocity=self._path.velocity(x_0, x_1, t),
-            score=self._path.convert(x_1, x_t, t, source="data", target="score"),
+            velocity=path.velocity(x_0, x_1, t),
+            score=path.convert(x_1, x_t, t, source="data", target="score"),
             ess=one,
             coefficient=th.ones_like(x_t),
             variance_ratio=one,

@@ -21,6 +21,7 @@ from torch.distributions import Distribution, Laplace, MultivariateNormal, Norma
 from sb3_rfm import DQS, QNE, QSM, RFM, posterior
 from sb3_rfm.actors import LATENT_BOUND
 from sb3_rfm.flow_actor_critic import FlowActorCritic
+from sb3_rfm.paths import get_path
 
 ALGORITHMS = [RFM, QNE, DQS, QSM]
 
@@ -266,7 +267,7 @@ def test_the_target_critic_follows_replaced_parameters() -> None:
     online, target = (critic.q_networks[0].output_layer.weight.detach() for critic in (model.critic, model.critic_target))
     online += 2.0
     expected = (online + target) / 2
-    model._update_target_critic(model.tau)
+    model._learner.update_target_critic(model.tau)
     th.testing.assert_close(target, expected)
 
 
@@ -297,18 +298,18 @@ def test_every_draw_of_noise_comes_from_the_source(monkeypatch: pytest.MonkeyPat
     drawn: dict[str, Tensor] = {}
     model = RFM("MlpPolicy", Spring(), **(TINY | {"batch_size": 2_000, "learning_starts": 50}), source=Laplace(0.5, 1.0))
     model.learn(50)
-    sample_latents, regression_point = model.actor.sample_latents, model._posterior_mean
+    sample_latents, posterior_mean = model.actor.sample_latents, model._learner.posterior_mean
 
     def record_noise(features: Tensor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         drawn["acting" if len(features) == 999 else "critic's target"] = noise.flatten()
         return sample_latents(features, noise, *args, **kwargs)
 
     def record_point(log_prob: Any, x_t: Tensor, t: Tensor, guess: Tensor) -> posterior.PosteriorMean:
-        drawn["x_t"] = (x_t / model._path.sigma(t)[:, None]).flatten()  # replayed actions are 0
-        return regression_point(log_prob, x_t, t, guess)
+        drawn["x_t"] = (x_t / get_path(model.path).sigma(t)[:, None]).flatten()  # replayed actions are 0
+        return posterior_mean(log_prob, x_t, t, guess)
 
     monkeypatch.setattr(model.actor, "sample_latents", record_noise)
-    monkeypatch.setattr(model, "_posterior_mean", record_point)
+    monkeypatch.setattr(model._learner, "posterior_mean", record_point)
     model.replay_buffer.actions[:] = 0
     model.train(1, 2_000)
     model.predict(np.zeros((999, 2), np.float32))

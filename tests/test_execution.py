@@ -161,7 +161,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch: pytest.MonkeyPatch, ca
     model = RFM("MlpPolicy", "Pendulum-v1", device="cpu", verbose=1)
     model.learn(100_000, callback=Stop())
     assert capsys.readouterr().out.count("No C++ compiler was found: updates run as written") == 1
-    assert model._executor.mode == "eager"
+    assert model._learner.executor.mode == "eager"
 
 
 class ForbidWaiting(TorchDispatchMode):
@@ -183,7 +183,7 @@ def test_the_host_waits_for_nothing_inside_an_update(algorithm: type[FlowActorCr
     model.learn(25)
     batch = model.replay_buffer.sample(8)  # type: ignore[union-attr]
     with ForbidWaiting():
-        metrics = model._update(batch, model.gamma, model.tau, model.max_grad_norm)
+        metrics = model._learner.update(batch, model.gamma, model.tau, model.max_grad_norm)
         with pytest.raises(AssertionError, match="waits for the device"):
             metrics[0].item()
 
@@ -219,8 +219,8 @@ def test_compiled_gradients_are_the_eager_ones(
     batch = model.replay_buffer.sample(32)  # type: ignore[union-attr]
     now, after, rewards = batch.observations, batch.next_observations, batch.rewards.flatten()
     arguments: dict[Callable[..., Any], Any] = {
-        model._critic_gradients: (now, batch.actions, after, after, rewards, torch.full((32,), 0.99)),
-        model._actor_gradients: (now, now, batch.actions),
+        model._learner.critic_gradients: (now, batch.actions, after, after, rewards, torch.full((32,), 0.99)),
+        model._learner.actor_gradients: (now, now, batch.actions),
     }
 
     def gradients(executor: Executor) -> torch.Tensor:
@@ -248,8 +248,8 @@ MIXTURE = MixtureSameFamily(Categorical(torch.ones(2)), Normal(torch.tensor([-1.
 def test_whatever_is_chosen_becomes_a_graph(algorithm: type[FlowActorCritic], arguments: dict[str, Any]) -> None:
     model = algorithm("MlpPolicy", "Pendulum-v1", device="cpu", execution="eager", **arguments)
     states, actions, numbers = torch.zeros(4, 3), torch.zeros(4, 1), torch.zeros(4)
-    compilation.trace(model._critic_gradients, model.policy, (states, actions, states, states, numbers, numbers))
-    compilation.trace(model._actor_gradients, model.policy, (states, states, actions))
+    compilation.trace(model._learner.critic_gradients, model.policy, (states, actions, states, states, numbers, numbers))
+    compilation.trace(model._learner.actor_gradients, model.policy, (states, states, actions))
     features = states if model.n_particles > 1 else None
     compilation.trace(model.policy.act, model.policy, (states, features, torch.zeros(4, model.n_particles, 1), False))
 
@@ -273,7 +273,7 @@ def test_compiled_runs_are_the_eager_ones() -> None:
         model.learn(25)
         weights = torch.cat([p.detach().flatten() for p in model.policy.parameters()])
         actions, _ = model.predict(np.linspace(-1, 1, 9, dtype=np.float32).reshape(3, 3), deterministic=True)
-        return weights, actions, model._executor.mode
+        return weights, actions, model._learner.executor.mode
 
     (eager, eager_actions, _), (compiled, compiled_actions, mode) = run("eager"), run("compile")
     assert mode == "compile"

@@ -70,7 +70,7 @@ def test_recorded_updates_are_the_eager_ones(env: Any) -> None:
         executor.device = model.device
         model._prepare_functions(executor)
         model.learn(40)
-        assert isinstance(model._run_update, Recorded) == (executor.mode == "cuda_graph")
+        assert isinstance(model._learner.run_update, Recorded) == (executor.mode == "cuda_graph")
         return weights(model)
 
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -85,19 +85,19 @@ def test_recorded_updates_are_the_eager_ones(env: Any) -> None:
 def test_updates_are_compiled_recorded_and_wait_for_nothing(algorithm: type[FlowActorCritic]) -> None:
     model = make(algorithm, max_grad_norm=1.0, proposal="policy", n_target_particles=2)
     model.learn(40)
-    assert isinstance(model._run_update, Recorded)
-    assert len(model._run_update.recordings) == 1
+    assert isinstance(model._learner.run_update, Recorded)
+    assert len(model._learner.run_update.recordings) == 1
     batch = model.replay_buffer.sample(32)  # type: ignore[union-attr]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model._run_update(batch, model.gamma, model.tau, model.max_grad_norm)
+        model._learner.run_update(batch, model.gamma, model.tau, model.max_grad_norm)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_optimizers_that_keep_numbers_are_not_recorded() -> None:
     model = make(policy_kwargs={"optimizer_class": torch.optim.SGD}).learn(30)
-    assert not isinstance(model._run_update, Recorded)
+    assert not isinstance(model._learner.run_update, Recorded)
 
 
 def test_what_cannot_be_recorded_runs_as_written() -> None:

@@ -32,7 +32,7 @@ def test_the_spread_is_that_of_the_whole_batch() -> None:
 
 @pytest.mark.parametrize(("temperature", "share"), [("auto", 0.05), ("auto_0.4", 0.4)])
 def test_learning_ends_at_the_share_of_the_spread(temperature: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sb3_rfm.flow_actor_critic.action_spread", lambda *_: th.tensor(3.0))
+    monkeypatch.setattr("sb3_rfm.learner.action_spread", lambda *_: th.tensor(3.0))
     model = RFM("MlpPolicy", "Pendulum-v1", **TINY, temperature=temperature).learn(20)
     assert model.policy.temperature.item() == pytest.approx(3.0 * share)
 
