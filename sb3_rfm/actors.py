@@ -49,6 +49,17 @@ def log_sech2(u: Tensor) -> Tensor:
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
+def boltzmann_log_prob(latents: Tensor, q: Tensor, temperature: Tensor | float) -> Tensor:
+    """Log-density, up to a constant, of the latents of actions with density ∝ exp(Q / temperature) (change of variables).
+
+    :param latents: (B, K, D)
+    :param q: Q of the actions ``tanh(latents)``, (B, K)
+    :param temperature: In units of Q
+    :return: (B, K)
+    """
+    return q / temperature + log_sech2(latents).sum(-1)
+
+
 def check_sampler(sampler: str, source: Source) -> None:
     """Validate a way to draw latents from a flow.
 
@@ -110,7 +121,7 @@ class FlowActor(BoundedPolicy):
     :param path: Probability path of the flow
     :param source: Where the flow starts
     :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"``
-    :param integration_steps: Steps from noise to action
+    :param integration_steps: Steps from noise to action, one evaluation of the network each; Langevin dynamics take one more
     :param t_min: First time for which the flow is trained
     """
 
@@ -158,7 +169,7 @@ class FlowActor(BoundedPolicy):
         self.path, self.sampler, self.integration_steps, self.t_min = path, sampler, integration_steps, t_min
         self.source = source
         # A copy: compilers leave marks on tensors.
-        self._path, self._source = get_path(path), copy.deepcopy(get_source(source)).to(self.device)
+        self.probability_path, self._source = get_path(path), copy.deepcopy(get_source(source)).to(self.device)
         check_sampler(sampler, self._source)
         times = time_grid(integration_steps, t_min, device=self.device)
         times[0] = 0.0  # where there is noise alone; the flow takes it for the time t_min
@@ -199,7 +210,7 @@ class FlowActor(BoundedPolicy):
         :param t: Times, (B,)
         :return: (B, D)
         """
-        return self._path.interpolate(self.draw_noise(len(latents), 1)[:, 0], latents, t)
+        return self.probability_path.interpolate(self.draw_noise(len(latents), 1)[:, 0], latents, t)
 
     def predict_data(self, encoded: Tensor, latents: Tensor, t: Tensor, reduced: bool = False) -> Tensor:
         """``E[u_1 | u_t]``, within ``LATENT_BOUND``.
@@ -228,15 +239,16 @@ class FlowActor(BoundedPolicy):
         def data_prediction(x: Tensor, t: Tensor) -> Tensor:
             return self.predict_data(encoded, x, t.clamp(min=self.t_min), reduced)
 
-        x = self._path.sigma(times[0]) * noise
+        path = self.probability_path
+        x = path.sigma(times[0]) * noise
         if self.sampler == "langevin" and not deterministic:
             # At the last noise level before the data, where the path's density is nearly the target's own.
             t = times[-2]
-            alpha, sigma = self._path.alpha(t), self._path.sigma(t)
+            alpha, sigma = path.alpha(t), path.sigma(t)
             x = langevin(lambda u: (alpha * data_prediction(u, t) - u) / sigma**2, x, 0.5 * sigma**2, self.integration_steps)
             return data_prediction(x, t)
         noise_scale = 1.0 if self.sampler == "sde" and not deterministic else 0.0
-        return denoise(data_prediction, x, times, self._path, noise_scale)
+        return denoise(data_prediction, x, times, path, noise_scale)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._predict(obs, deterministic)

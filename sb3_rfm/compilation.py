@@ -35,7 +35,8 @@ OPTIONS: dict[str, Any] = {"fallback_random": True, "unroll_reductions_threshold
 a parallel region for each state. And threads share a loop only where each gets this many elements."""
 
 MAX_SHAPES = 8
-"""Shapes of arguments for which a function is compiled or recorded; others run as written."""
+"""Shapes of arguments, and values of those that are no tensors, for which a function is compiled or recorded; with others it
+runs as written."""
 
 COMPILER = (sys.executable, "-m", "sb3_rfm.compilation")
 """The command that makes a library of the graph on its standard input."""

@@ -1,17 +1,19 @@
 """Ensembles of Q-functions that learn numbers of one size, whatever the unit of the reward."""
 
+from typing import Any
+
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import Tensor, nn
 
 from sb3_rfm.networks import ConditionalMLP
+from sb3_rfm.persistence import PersistentModel
 
 
-class QCritic(BaseModel):
+class QCritic(PersistentModel):
     """Ensemble of Q-functions, ``Q(s, a) = scale * network(s, a)``, in units of the reward.
 
     ``scale`` is the size of one reward (see :meth:`rescale`): the networks then learn numbers of the same size whatever
@@ -43,19 +45,36 @@ class QCritic(BaseModel):
         activation_fn: type[nn.Module] = nn.ReLU,
         normalize_images: bool = True,
         n_critics: int = 2,
-        layer_norm: bool = False,
-        share_features_extractor: bool = True,
+        layer_norm: bool = True,
+        share_features_extractor: bool = False,
     ) -> None:
         super().__init__(
             observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
         )
         action_dim = get_action_dim(action_space)
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.activation_fn = activation_fn
+        self.layer_norm = layer_norm
         self.share_features_extractor = share_features_extractor
         self.n_critics = n_critics
         self.q_networks = nn.ModuleList(
             ConditionalMLP(features_dim, action_dim, 1, net_arch, activation_fn, layer_norm) for _ in range(n_critics)
         )
         self.register_buffer("scale", th.ones(()))
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            net_arch=self.net_arch,
+            features_extractor=self.features_extractor,
+            features_dim=self.features_dim,
+            activation_fn=self.activation_fn,
+            n_critics=self.n_critics,
+            layer_norm=self.layer_norm,
+            share_features_extractor=self.share_features_extractor,
+        )
+        return data
 
     @property
     def _networks(self) -> list[ConditionalMLP]:

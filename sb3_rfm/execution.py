@@ -51,7 +51,7 @@ def check_execution(execution: str, precision: str) -> None:
 
 
 def has_compiler() -> bool:
-    """Whether code for the CPU can be compiled here."""
+    """Whether code can be compiled here; that for a GPU takes a compiler for the CPU, too."""
     return any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl"))
 
 
@@ -66,11 +66,9 @@ def resolve_mode(execution: ExecutionMode, device: torch.device, n_updates: int)
         return "compile"
     if execution != "auto":
         return execution
-    if n_updates < MIN_UPDATES_TO_COMPILE:
+    if n_updates < MIN_UPDATES_TO_COMPILE or not has_compiler():
         return "eager"
-    if device.type == "cuda":
-        return "cuda_graph"
-    return "compile" if device.type == "cpu" and has_compiler() else "eager"
+    return {"cpu": "compile", "cuda": "cuda_graph"}.get(device.type, "eager")  # type: ignore[return-value]
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> bool:
@@ -217,6 +215,7 @@ class _Program:
         graph = trace(function, module, args)
         self.locations, self.arguments, self.structure = graph.state, graph.arguments, graph.structure
         self.state = self._read_state()
+        self.trained = [tensor.requires_grad for tensor in self.state]
         inputs = self._inputs(args)
         if all(tensor.device.type == "cpu" for tensor in inputs):
             self.run = load_library(graph.module, inputs)
@@ -225,8 +224,10 @@ class _Program:
             self.run = lambda tensors: compiled(*tensors)
 
     def is_current(self) -> bool:
-        """Whether the module's tensors are the same objects; another one may have changed what the function does."""
-        return all(map(operator.is_, self._read_state(), self.state))
+        """Whether the module's tensors are the same objects, and the same ones are trained: else the function may do
+        something else."""
+        state = self._read_state()
+        return all(map(operator.is_, state, self.state)) and [tensor.requires_grad for tensor in state] == self.trained
 
     def __call__(self, args: tuple[Any, ...]) -> Any:
         with torch.no_grad():

@@ -44,7 +44,6 @@ from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentAlgorithm
 from sb3_rfm.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean
-from sb3_rfm.recording import Recorded
 from sb3_rfm.sources import Source, get_source
 
 SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
@@ -56,6 +55,9 @@ NOT_LEARNED = (
 
 class FlowActorCritic(PersistentAlgorithm):
     """Base of the flow-policy algorithms: everything but the regression target of the flow.
+
+    The arguments from ``temperature`` to ``t_min``, and ``precision``, are settled when the model is built. ``load(path,
+    temperature=0.1)`` changes them; an attribute that is set counts only once the model has been saved and loaded.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a :class:`~sb3_rfm.policies.FlowPolicy` class
     :param env: Environment with a bounded ``Box`` action space, or its registered name
@@ -81,7 +83,7 @@ class FlowActorCritic(PersistentAlgorithm):
     :param source: Where the flow starts: ``"gaussian"``, a ``torch.distributions`` distribution on R^D or a
         :class:`~sb3_rfm.sources.Source`; another than the Gaussian goes with ``sampler="ode"`` alone
     :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"`` dynamics at the last noise level
-    :param integration_steps: Network evaluations from noise to action
+    :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
     :param proposal: Where the ``x_t`` of the regression come from: ``"replay"`` → noised replayed actions, ``"policy"`` →
         noised actions of the current policy at replayed states
     :param n_particles: Particles drawn when acting, one of which is chosen with probability ∝ exp(min Q / λ)
@@ -90,8 +92,8 @@ class FlowActorCritic(PersistentAlgorithm):
     :param max_grad_norm: Largest norm of a gradient of actor or critic; None for no clipping
     :param execution: How updates and actions are computed: ``"auto"``, ``"eager"``, ``"compile"`` or ``"cuda_graph"``; see
         :mod:`sb3_rfm.execution`
-    :param precision: Precision in which candidates are evaluated, and actions drawn in updates: ``"auto"``, ``"float32"`` or
-        ``"bfloat16"``; actions that are taken are computed in float32
+    :param precision: Precision in which candidates are evaluated, and in which updates draw actions and compare particles:
+        ``"auto"``, ``"float32"`` or ``"bfloat16"``; actions that are taken are computed in float32
     :param stats_window_size: Episodes over which rollout statistics are averaged
     :param tensorboard_log: Where to write TensorBoard logs
     :param policy_kwargs: Keyword arguments of the policy, see :class:`~sb3_rfm.policies.FlowPolicy`
@@ -113,7 +115,7 @@ class FlowActorCritic(PersistentAlgorithm):
     critic_target: QCritic
     default_coefficient: ClassVar[Coefficient | None] = None
     coefficient_is_fixed: ClassVar[bool] = True
-    _metrics: Tensor | None = None
+    _metrics: tuple[list[str], Tensor] | None = None
 
     def __init__(
         self,
@@ -202,6 +204,8 @@ class FlowActorCritic(PersistentAlgorithm):
         return super()._get_policy_from_name(policy_name)
 
     def _setup_model(self) -> None:
+        if self.coefficient is None:
+            self.coefficient = self.default_coefficient
         self._check_arguments()
         if self.replay_buffer_class is None and self.n_steps == 1 and scalar_keys(self.observation_space):
             self.replay_buffer_class = DictBuffer
@@ -214,6 +218,7 @@ class FlowActorCritic(PersistentAlgorithm):
         self.actor = self.policy.actor
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
+        self._n_updates_at_setup = self._n_updates
         self._prepare_functions(Executor(resolve_mode(self.execution, self.device, n_updates=0), self._inform, self.device))
 
     def _fix_temperature(self) -> None:
@@ -228,16 +233,14 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _prepare_functions(self, executor: Executor) -> None:
         """Have the functions that take the time run by ``executor``."""
-        self._learning_rate = th.zeros((), device=self.device)
         self._learner = Learner(
             self.policy,
             self._posterior_mean,
-            self.proposal,
-            self.n_target_particles,
-            self.t_min,
-            self._temperature_share,
-            resolve_precision(self.precision, self.device),
-            executor,
+            proposal=self.proposal,
+            n_target_particles=self.n_target_particles,
+            temperature_share=self._temperature_share,
+            reduced=resolve_precision(self.precision, self.device),
+            executor=executor,
         )
         self.policy.run_act = executor.record(executor.prepare(self.policy.act, self.policy), self.policy)
 
@@ -249,18 +252,19 @@ class FlowActorCritic(PersistentAlgorithm):
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
         check_finite("observation", self._last_obs, NOT_LEARNED)
-        n_updates = self._expected_updates(total_timesteps)
+        n_updates = self._n_updates - self._n_updates_at_setup + self._expected_updates(total_timesteps)
         mode = resolve_mode(self.execution, self.device, n_updates)
         if mode != self._learner.executor.mode:
             self._prepare_functions(Executor(mode, self._inform, self.device))
         if self.device.type == "cpu":
             keep_freed_memory()
-            if mode == "eager" and self.execution == "auto" and n_updates >= MIN_UPDATES_TO_COMPILE:
-                self._inform("No C++ compiler was found: updates run as written, slower than compiled.")
+        could_compile = self.device.type in ("cpu", "cuda") and n_updates >= MIN_UPDATES_TO_COMPILE
+        if mode == "eager" and self.execution == "auto" and could_compile:
+            self._inform("No C++ compiler was found: updates run as written, slower than compiled.")
         return total_timesteps, callback
 
     def _expected_updates(self, total_timesteps: int) -> int:
-        """Updates that ``total_timesteps`` environment steps will bring."""
+        """Updates that ``total_timesteps`` environment steps will bring; at most, where they come once an episode."""
         steps = max(total_timesteps - self.num_timesteps, 0)
         if self.gradient_steps < 0 or self.train_freq.unit == TrainFrequencyUnit.EPISODE:  # type: ignore[union-attr]
             return steps
@@ -270,9 +274,7 @@ class FlowActorCritic(PersistentAlgorithm):
         """Refuse arguments out of range before anything is built."""
         check_algorithm(self, FlowPolicy)
         parse_auto_temperature(self.temperature)
-        if self.coefficient is None:
-            self.coefficient = self.default_coefficient
-        elif self.coefficient_is_fixed and self.coefficient != self.default_coefficient:
+        if self.coefficient_is_fixed and self.coefficient != self.default_coefficient:
             fixed = "has no coefficient" if self.default_coefficient is None else f"fixes it at {self.default_coefficient}"
             raise ValueError(
                 f"coefficient must be left out: {type(self).__name__} {fixed}, got {self.coefficient!r}; RFM lets you choose."
@@ -295,13 +297,7 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)
-        if not isinstance(self._learner.run_update, Recorded):
-            return
-        # Where a recorded update reads it: a number would be that of the moment of recording.
-        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-            for group in optimizer.param_groups:
-                group["lr"] = self._learning_rate.fill_(group["lr"])
-                group["capturable"] = True  # as fused optimizers are, whatever a file says
+        self._learner.hold_learning_rate()
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """Do ``gradient_steps`` updates on batches of ``batch_size`` transitions."""
@@ -319,7 +315,7 @@ class FlowActorCritic(PersistentAlgorithm):
             history.append(self._learner.run_update(batch, self.gamma, self.tau, self.max_grad_norm))
             self._n_updates += 1
         if history:
-            self._metrics = th.stack(history).mean(0)
+            self._metrics = self._learner.metric_names, th.stack(history).mean(0)
         if self.device.type != "cuda":
             self._record_metrics()
 
@@ -339,7 +335,8 @@ class FlowActorCritic(PersistentAlgorithm):
         """Record the mean of each metric over the updates of a call of :meth:`train`; one transfer for all of them."""
         if self._metrics is None:
             return
-        for name, value in zip(self._learner.metric_names, self._metrics.tolist(), strict=True):
+        names, means = self._metrics
+        for name, value in zip(names, means.tolist(), strict=True):
             self.logger.record(f"train/{name}", value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self._metrics = None
@@ -392,7 +389,7 @@ class FlowActorCritic(PersistentAlgorithm):
         return settled
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["actor", "critic", "critic_target", "_learner", "_learning_rate", "_metrics"]
+        own = ["actor", "critic", "critic_target", "_learner", "_metrics", "_n_updates_at_setup"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

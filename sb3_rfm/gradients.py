@@ -1,10 +1,12 @@
 """Gradients of networks that read the features of an extractor, and steps along them."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T", bound=Tensor)
 
 
 class Gradients(NamedTuple):
@@ -13,19 +15,19 @@ class Gradients(NamedTuple):
     metrics: dict[str, Tensor]
     """What was observed on the way, scalars"""
     parameters: list[Tensor]
-    """With respect to the network's parameters"""
+    """With respect to the network's parameters that are trained"""
     features: list[Tensor]
     """With respect to the features that it was given, where their extractor is trained; else none"""
 
 
-def trained(*features: Tensor) -> list[Tensor]:
-    """Those whose extractors are trained."""
-    return [tensor for tensor in features if tensor.requires_grad]
+def trained(*tensors: T) -> list[T]:
+    """Those that are trained themselves, or come from something that is."""
+    return [tensor for tensor in tensors if tensor.requires_grad]
 
 
 def differentiate(loss: Tensor, network: nn.Module, features: Tensor, metrics: dict[str, Tensor]) -> Gradients:
     """Gradients of ``loss`` with respect to the network behind the features, and to the features."""
-    parameters = list(network.parameters())
+    parameters = trained(*network.parameters())
     gradients = list(torch.autograd.grad(loss, [*parameters, *trained(features)]))
     return Gradients(metrics, gradients[: len(parameters)], gradients[len(parameters) :])
 
@@ -50,10 +52,12 @@ def step(
 
     :param optimizer: Of a network, and of its features extractor, whose gradients are there
     :param parameters: Of the network behind the extractor
-    :param gradients: Their gradients
+    :param gradients: Those of the ones that are trained
     :param max_grad_norm: Largest norm of all gradients; None for no clipping
     """
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+    for parameter in parameters:
+        parameter.grad = None  # one that is no longer trained may have one
+    for parameter, gradient in zip(trained(*parameters), gradients, strict=True):
         parameter.grad = gradient
     if max_grad_norm is not None:
         for group in optimizer.param_groups:

@@ -19,16 +19,18 @@ from typing import Any
 import torch as th
 from torch import Tensor
 
-from sb3_rfm.actors import log_sech2, squash, unsquash
+from sb3_rfm.actors import boltzmann_log_prob, squash, unsquash
 from sb3_rfm.critics import QCritic
 from sb3_rfm.execution import Executor
 from sb3_rfm.gradients import Gradients, differentiate, step, train_extractors, trained
 from sb3_rfm.policies import FlowPolicy
 from sb3_rfm.posterior import LogProb, PosteriorMean
+from sb3_rfm.recording import Recorded
 from sb3_rfm.scales import action_spread, update_reward_scale, update_temperature
 
 RegressionTarget = Callable[[LogProb, Tensor, Tensor, Tensor], PosteriorMean]
-"""What the flow is regressed on, see :meth:`~sb3_rfm.flow_actor_critic.FlowActorCritic._posterior_mean`."""
+"""What the flow is regressed on, given the log-density of the Boltzmann policy in the latent, points ``x_t`` of the path,
+(B, D), their times, (B,), and the flow's own prediction of the data mean there, (B, D)."""
 
 
 class Learner:
@@ -36,9 +38,9 @@ class Learner:
 
     :param policy: The flow, the critics and the target critics
     :param posterior_mean: What the flow is regressed on
-    :param proposal: See :class:`~sb3_rfm.flow_actor_critic.FlowActorCritic`
-    :param n_target_particles: See there
-    :param t_min: See there
+    :param proposal: Which actions are noised for the regression: ``"replay"`` → replayed ones, ``"policy"`` → actions of the
+        current policy at replayed states
+    :param n_target_particles: Particles of which one is chosen where the policy is drawn from, here and in the critic's target
     :param temperature_share: Share of the spread of Q that the temperature follows; None where it is fixed
     :param reduced: Whether candidates are evaluated, and actions drawn, in bfloat16
     :param executor: How updates are run
@@ -55,7 +57,6 @@ class Learner:
         posterior_mean: RegressionTarget,
         proposal: str,
         n_target_particles: int,
-        t_min: float,
         temperature_share: float | None,
         reduced: bool,
         executor: Executor,
@@ -63,7 +64,7 @@ class Learner:
         self.policy, self.actor = policy, policy.actor
         self.critic, self.critic_target = policy.critic, policy.critic_target
         self.posterior_mean = posterior_mean
-        self.proposal, self.n_target_particles, self.t_min = proposal, n_target_particles, t_min
+        self.proposal, self.n_target_particles = proposal, n_target_particles
         self.temperature_share = temperature_share
         self.reduced = reduced
         self.executor = executor
@@ -79,10 +80,20 @@ class Learner:
         self._run_critic_gradients = executor.prepare(self.critic_gradients, policy)
         self._run_actor_gradients = executor.prepare(self.actor_gradients, policy)
         self.run_update = executor.record(self.update, policy, self.optimizers)
+        self._learning_rate = th.zeros((), device=policy.device)
 
     def optimizers(self) -> tuple[th.optim.Optimizer, ...]:
         """Those that it steps."""
         return self.actor.optimizer, self.critic.optimizer
+
+    def hold_learning_rate(self) -> None:
+        """Have a recorded update read the learning rate from a tensor: a number would be that of the moment of recording."""
+        if not isinstance(self.run_update, Recorded):
+            return
+        for optimizer in self.optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = self._learning_rate.fill_(group["lr"])
+                group["capturable"] = True  # as fused optimizers are, whatever a file says
 
     def update(self, batch: Any, gamma: float, tau: float, max_grad_norm: float | None) -> Tensor:
         """One step of the critics, and one regression step of the flow.
@@ -130,22 +141,14 @@ class Learner:
         self.metric_names = list(metrics)
         return th.stack(list(metrics.values()))
 
-    def critic_gradients(
-        self,
-        features: Tensor,
-        actions: Tensor,
-        next_actor_features: Tensor,
-        next_critic_features: Tensor,
-        rewards: Tensor,
-        discounts: Tensor,
-    ) -> Gradients:
+    def critic_gradients(self, features: Tensor, *others: Tensor) -> Gradients:
         """Gradients of :meth:`critic_loss`, which has the same parameters."""
-        loss, metrics = self.critic_loss(features, actions, next_actor_features, next_critic_features, rewards, discounts)
+        loss, metrics = self.critic_loss(features, *others)
         return differentiate(loss, self.critic.q_networks, features, metrics)
 
-    def actor_gradients(self, actor_features: Tensor, critic_features: Tensor, actions: Tensor) -> Gradients:
+    def actor_gradients(self, actor_features: Tensor, *others: Tensor) -> Gradients:
         """Gradients of :meth:`actor_loss`, which has the same parameters."""
-        loss, metrics = self.actor_loss(actor_features, critic_features, actions)
+        loss, metrics = self.actor_loss(actor_features, *others)
         return differentiate(loss, self.actor.network, actor_features, metrics)
 
     def critic_loss(
@@ -192,13 +195,14 @@ class Learner:
             x_1 = unsquash(actions)
             if self.proposal == "policy":
                 x_1, _ = self._sample_policy(actor_features, self.critic, critic_features)
-            t = self.t_min + (1 - 2 * self.t_min) * th.rand(x_1.shape[0], device=x_1.device)
+            t_min = self.actor.t_min
+            t = t_min + (1 - 2 * t_min) * th.rand(x_1.shape[0], device=x_1.device)
             x_t = self.actor.add_noise(x_1, t)
         prediction = self.actor.predict_data(self.actor.network.encode(actor_features), x_t, t)
 
         def log_prob(u: Tensor) -> Tensor:
             q = self.critic.split_q(encoded_q, squash(u), self.reduced)
-            return q / self.policy.temperature + log_sech2(u).sum(-1)
+            return boltzmann_log_prob(u, q, self.policy.temperature)
 
         with th.no_grad():
             posterior = self.posterior_mean(log_prob, x_t, t, prediction.detach())
@@ -221,14 +225,7 @@ class Learner:
         :return: Latents (B, D), and the critic's min Q there (B,)
         """
         noise = self.actor.draw_noise(len(actor_features), self.n_target_particles)
-        latents = self.actor.sample_latents(actor_features, noise, reduced=self.reduced)
-        # In bfloat16 particles are compared with each other; one alone has nothing that it could save.
-        reduced = self.reduced and self.n_target_particles > 1
-        q = critic.min_q(critic.encode(critic_features), squash(latents), reduced)
-        if self.n_target_particles == 1:
-            return latents[:, 0], q[:, 0]
-        index = self.policy.choose_index(q)
-        return th.take_along_dim(latents, index[..., None], 1)[:, 0], th.take_along_dim(q, index, 1)[:, 0]
+        return self.policy.draw(actor_features, critic, critic_features, noise, reduced=self.reduced)
 
     def _step_critics(self, gradients: list[Tensor], tau: float, max_grad_norm: float | None) -> None:
         """One step of the critics, and the target critic after them.

@@ -1,6 +1,6 @@
 """Flow policies: actors that act by integrating a flow, with the critics that choose among their particles."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch as th
 from gymnasium import spaces
@@ -22,6 +22,8 @@ from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictExtractor
 from sb3_rfm.paths import Path
 from sb3_rfm.sources import Source, get_source
+
+SelfFlowPolicy = TypeVar("SelfFlowPolicy", bound="FlowPolicy")
 
 
 class FlowPolicy(BoundedPolicy):
@@ -184,13 +186,13 @@ class FlowPolicy(BoundedPolicy):
         )
         return data
 
-    def set_training_mode(self, mode: bool) -> None:
+    def train(self: SelfFlowPolicy, mode: bool = True) -> SelfFlowPolicy:
         """Put actor and critic in training or evaluation mode; the target critic stays in evaluation mode."""
-        if mode == self.training:
-            return  # called before every action and every update, and walking the modules is not free
-        self.actor.set_training_mode(mode)
-        self.critic.set_training_mode(mode)
-        self.training = mode
+        if mode != self.training:  # asked for before every action and every update, and walking the modules is not free
+            self.actor.train(mode)
+            self.critic.train(mode)
+            self.training = mode
+        return self
 
     def choose_index(self, q: Tensor, deterministic: bool = False) -> Tensor:
         """Choose one particle of each state.
@@ -203,6 +205,34 @@ class FlowPolicy(BoundedPolicy):
             # Gumbel-max: an exact draw from softmax(q / temperature).
             q = q / self.temperature - th.empty_like(q).exponential_().log()
         return q.argmax(dim=1, keepdim=True)
+
+    def draw(
+        self,
+        actor_features: Tensor,
+        critic: QCritic,
+        critic_features: Tensor,
+        noise: Tensor,
+        deterministic: bool = False,
+        reduced: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry noise to latents along the flow, and have a critic choose one of several particles.
+
+        :param actor_features: (B, F)
+        :param critic: The critic that is asked
+        :param critic_features: Its features, (B, F)
+        :param noise: Source samples, (B, P, D)
+        :param deterministic: See :meth:`choose_index`
+        :param reduced: Draw and compare particles in bfloat16
+        :return: Latents, (B, D), and the critic's min Q there, (B,)
+        """
+        latents = self.actor.sample_latents(actor_features, noise, deterministic, reduced)
+        # In bfloat16 particles are compared with each other; one alone has nothing that it could save.
+        several = noise.shape[1] > 1
+        q = critic.min_q(critic.encode(critic_features), squash(latents), reduced and several)
+        if not several:
+            return latents[:, 0], q[:, 0]
+        index = self.choose_index(q, deterministic)
+        return th.take_along_dim(latents, index[..., None], 1)[:, 0], th.take_along_dim(q, index, 1)[:, 0]
 
     def acting_features(self, observation: PyTorchObs) -> tuple[Tensor, Tensor | None]:
         """Features of the actor, and of the critic where it is to choose among particles, (B, F) each."""
@@ -218,13 +248,11 @@ class FlowPolicy(BoundedPolicy):
         :return: (B, D)
         :raises ValueError: for several particles without ``critic_features``
         """
-        latents = self.actor.sample_latents(actor_features, noise, deterministic)
         if critic_features is None:
-            (particle,) = latents.unbind(dim=1)
-            return squash(particle)
-        q = self.critic.min_q(self.critic.encode(critic_features), squash(latents))
-        index = self.choose_index(q, deterministic).unsqueeze(-1).expand(-1, -1, latents.shape[-1])
-        return squash(latents.gather(1, index).squeeze(1))
+            (latents,) = self.actor.sample_latents(actor_features, noise, deterministic).unbind(dim=1)
+        else:
+            latents, _ = self.draw(actor_features, self.critic, critic_features, noise, deterministic)
+        return squash(latents)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._predict(obs, deterministic=deterministic)
@@ -234,7 +262,8 @@ class FlowPolicy(BoundedPolicy):
         n_states = len(actor_features)
         fixed = self.fixed_noise.expand(n_states, -1, -1)
         noise = fixed if deterministic else self.actor.draw_noise(n_states, self.n_particles)
-        return self.run_act(actor_features, critic_features, noise, deterministic)
+        act = self.act if th.is_grad_enabled() else self.run_act  # what is compiled carries no gradients
+        return act(actor_features, critic_features, noise, deterministic)
 
 
 MlpPolicy = FlowPolicy

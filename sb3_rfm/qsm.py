@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sb3_rfm.actors import LATENT_BOUND
 from sb3_rfm.flow_actor_critic import FlowActorCritic
-from sb3_rfm.paths import get_path
 from sb3_rfm.posterior import LogProb, PosteriorMean, value_and_gradient
 from sb3_rfm.sources import GaussianSource, get_source
 
@@ -30,7 +29,7 @@ class QSM(FlowActorCritic):
             )
 
     def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
-        path = get_path(self.path)
+        path = self.actor.probability_path
         _, score = value_and_gradient(log_prob, x_t.unsqueeze(1))
         # The data mean that has this score, kept where the flow's prediction can follow it.
         x_1 = path.convert(score.squeeze(1), x_t, t, source="score", target="data").clamp(-LATENT_BOUND, LATENT_BOUND)

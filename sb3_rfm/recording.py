@@ -64,7 +64,7 @@ class Recorded(Generic[T]):
             self.held = [(optimizer, optimizer.state) for optimizer in self.optimizers()]
         if key in self.recordings:
             return self.recordings[key](leaves)
-        if self.failed or len(self.recordings) >= MAX_SHAPES:
+        if self.failed or (key not in self.calls and len(self.calls) >= MAX_SHAPES):
             return self.procedure(*args)
         self.calls[key] += 1
         if self.calls[key] < CALLS_BEFORE_RECORDING:
@@ -104,8 +104,9 @@ class Recorded(Generic[T]):
         return result
 
     def _read_state(self) -> list[Any]:
-        """What a recording is bound to: memory, optimizers, and the numbers in their settings."""
-        state: list[Any] = [owner[key].data_ptr() for owner, key in self.locations]
+        """What a recording is bound to: memory, what is trained, optimizers, and the numbers in their settings."""
+        tensors = [owner[key] for owner, key in self.locations]
+        state: list[Any] = [(tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
         for optimizer in self.optimizers():
             # The state is another dictionary when it is loaded. It has no tensors before the first step.
             state += [id(optimizer), id(optimizer.state), len(optimizer.state)]

@@ -253,6 +253,7 @@ def test_each_state_asks_one_of_the_critics_about_its_candidates() -> None:
 def test_a_copy_learns_as_the_original(algorithm: type[FlowActorCritic], copied: Callable[[Any], Any]) -> None:
     model = algorithm("MlpPolicy", "Pendulum-v1", **TINY).learn(20)
     other = copied(model)
+    assert other.policy is not model.policy
     for learner in (model, other):
         th.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002
@@ -279,7 +280,7 @@ def test_sampling_starts_from_noise_whatever_the_first_training_time(sampler: st
     mean, variance, asked = 2.0, 0.25, []
 
     def exact(encoded: th.Tensor, x: th.Tensor, t: th.Tensor, reduced: bool = False) -> th.Tensor:
-        alpha, sigma = actor._path.alpha(t), actor._path.sigma(t)
+        alpha, sigma = actor.probability_path.alpha(t), actor.probability_path.sigma(t)
         asked.append(float(t))
         return mean + alpha * variance * (x - alpha * mean) / (alpha**2 * variance + sigma**2)
 
@@ -294,7 +295,7 @@ def test_sampling_starts_from_noise_whatever_the_first_training_time(sampler: st
 
 
 def test_every_draw_of_noise_comes_from_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Acting, the critic's target, x_t and the candidates; by Kolmogorov and Smirnov's test against SciPy's distribution."""
+    """Acting, the critic's target and x_t, by Kolmogorov and Smirnov's test against SciPy's distribution."""
     drawn: dict[str, Tensor] = {}
     model = RFM("MlpPolicy", Spring(), **(TINY | {"batch_size": 2_000, "learning_starts": 50}), source=Laplace(0.5, 1.0))
     model.learn(50)

@@ -515,7 +515,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path: Path, algo: str
     assert process.wait() == 0 and broken.finished and not broken.checkpoint.exists()
     assert [e.returns for e in broken.read_evaluations()] == [e.returns for e in whole.read_evaluations()]
     assert [e.step for e in whole.read_evaluations()] == [0, 50, 100, 150, 200, 250]
-    assert len(broken.config["sessions"]) == 3
+    assert len(broken.config["starts"]) == 3
 
 
 def test_a_sweep_that_was_stopped_goes_on(tmp_path: Path) -> None:
@@ -632,7 +632,7 @@ def test_a_cluster_does_a_run_again_whose_worker_was_killed(tmp_path: Path) -> N
     finally:
         ray.shutdown()
     assert all(folder.finished for folder in folders)
-    assert [len(folder.config["sessions"]) for folder in folders] == [2, 1]
+    assert [len(folder.config["starts"]) for folder in folders] == [2, 1]
 
 
 def test_wrong_arguments_are_explained(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ def test_automatic_mode_weighs_compilation_against_the_run(monkeypatch: pytest.M
     assert resolve_mode("auto", GPU, n_updates=10**6) == "cuda_graph"
     monkeypatch.setattr(execution, "has_compiler", lambda: False)
     assert resolve_mode("auto", CPU, n_updates=10**6) == "eager"
+    assert resolve_mode("auto", GPU, n_updates=10**6) == "eager"
 
 
 @pytest.mark.parametrize("execution_mode", ["eager", "compile"])
@@ -114,6 +115,11 @@ def test_compiled_functions_follow_their_module(monkeypatch: pytest.MonkeyPatch,
     module.shift = torch.tensor(1.0)  # another object: the graph is made anew, and is the same
     torch.testing.assert_close(evaluate(run, x), evaluate(module.apply, x))
     assert list(tmp_path.glob("*.pt2")) == [library]
+
+    module.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="does not require grad"):  # as the function itself says
+        run(x)
+    module.weight.requires_grad_(True)
 
     twin = copy.deepcopy(run)
     module.weight.data.fill_(0.0)
@@ -230,6 +236,24 @@ def test_compiled_gradients_are_the_eager_ones(
 
     eager = gradients(Executor())
     torch.testing.assert_close(gradients(Executor(mode)), eager, rtol=0, atol=tolerance * float(eager.abs().max()))
+
+
+def test_a_copy_of_a_compiled_model_learns_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a graph takes the place of the library made of it. The copy runs as written."""
+    monkeypatch.setattr(execution, "load_library", lambda graph, inputs: lambda tensors: graph(*tensors))
+    model = RFM("MlpPolicy", "Pendulum-v1", learning_starts=20, batch_size=16, seed=0, device="cpu", execution="compile")
+    model.learn(25)
+    other = copy.deepcopy(model)
+    before = [tensor.clone() for tensor in tensors_of(model)]
+    learned = []
+    for learner in (other, model):
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        learner.train(5, 16)
+        learned.append([tensor.clone() for tensor in tensors_of(learner)])
+        if learner is other:
+            assert all(map(torch.equal, tensors_of(model), before))
+    torch.testing.assert_close(*learned, rtol=1e-4, atol=1e-5)
 
 
 MIXTURE = MixtureSameFamily(Categorical(torch.ones(2)), Normal(torch.tensor([-1.0, 1.0]), torch.tensor([0.5, 0.5])))
@@ -391,6 +415,15 @@ def test_what_waits_for_the_device_is_not_recorded(monkeypatch: pytest.MonkeyPat
     (warning,) = caught
     assert str(warning.message) == "look could not be recorded as a CUDA graph: the host waits for the device in it."
     assert mode == ["warn", "default"]
+
+
+def test_numbers_that_always_change_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does anything grow with them: an annealed ``tau`` is another argument at each call."""
+    monkeypatch.setattr(recording, "CALLS_BEFORE_RECORDING", 10**9)
+    run: Any = Executor("cuda_graph").record(lambda x, tau: tau * x, nn.Module())
+    for i in range(100):
+        assert run(torch.ones(2), i / 100).tolist() == pytest.approx([i / 100] * 2)
+    assert len(run.calls) == compilation.MAX_SHAPES
 
 
 def tensors_of(model: FlowActorCritic) -> list[torch.Tensor]:

@@ -27,6 +27,7 @@ from torch.distributions import Categorical, Laplace, MixtureSameFamily, Normal,
 from sb3_rfm import DQS, QNE, QSM, RFM, Rewindable, RunCheckpoint, safe_pickle
 from sb3_rfm.actors import FlowActor
 from sb3_rfm.checkpoint import checkpoints
+from sb3_rfm.critics import QCritic
 from sb3_rfm.policies import FlowPolicy
 from sb3_rfm.safe_pickle import RefusedError
 from sb3_rfm.sources import DistributionSource, GaussianSource
@@ -119,7 +120,7 @@ def test_parameters_can_be_read_and_written(tmp_path: Path) -> None:
     RFM("MlpPolicy", "Pendulum-v1", **(TINY | {"seed": 2})).set_parameters(str(tmp_path / "model"))
 
 
-def test_policy_and_actor_can_be_saved_alone(tmp_path: Path) -> None:
+def test_networks_can_be_saved_alone(tmp_path: Path) -> None:
     model = RFM("MlpPolicy", "Pendulum-v1", **TINY).learn(20)
     model.policy.save(str(tmp_path / "policy"))
     model.actor.save(str(tmp_path / "actor"))
@@ -127,6 +128,10 @@ def test_policy_and_actor_can_be_saved_alone(tmp_path: Path) -> None:
     for saved, loaded in ((model.policy, policy), (model.actor, actor)):
         before, after = (network.predict(OBSERVATIONS, deterministic=True)[0] for network in (saved, loaded))
         np.testing.assert_array_equal(before, after)
+    model.critic.save(str(tmp_path / "critic"))
+    critic, obs = QCritic.load(str(tmp_path / "critic")), th.as_tensor(OBSERVATIONS)
+    for before, after in zip(model.critic(obs, obs[:, :1]), critic(obs, obs[:, :1]), strict=True):
+        th.testing.assert_close(before, after, rtol=0, atol=0)
 
 
 def from_gpu(content: bytes) -> bytes:

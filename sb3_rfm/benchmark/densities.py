@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sb3_rfm.actors import log_sech2
+from sb3_rfm.actors import boltzmann_log_prob
 from sb3_rfm.control_variates import weighted_mean
 from sb3_rfm.paths import CondOTPath
 from sb3_rfm.posterior import PosteriorMeanEstimator
@@ -205,7 +205,7 @@ class Critic(Density):
         """Q over temperature, (..., D) → (...)."""
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return self.q(torch.tanh(x)) + log_sech2(x).sum(-1)
+        return boltzmann_log_prob(x, self.q(torch.tanh(x)), temperature=1.0)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Resampled uniform actions: near p1, which is all that ``x_t`` needs."""

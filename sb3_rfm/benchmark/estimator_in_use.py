@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sb3_rfm.actors import LATENT_SCALE, log_sech2, squash, unsquash
+from sb3_rfm.actors import LATENT_SCALE, boltzmann_log_prob, squash, unsquash
 from sb3_rfm.benchmark.densities import PATH, temperatures
 from sb3_rfm.benchmark.estimator_errors import KINDS, PLAIN, Row, plain_curves, worth
 from sb3_rfm.posterior import PosteriorMeanEstimator
@@ -49,7 +49,7 @@ class Replayed:
         :param reduced: Evaluate the critics in bfloat16
         """
         q: Tensor = self.model.critic.split_q(self.encoded, squash(u), reduced)
-        return q / temperature + log_sech2(u).sum(-1)
+        return boltzmann_log_prob(u, q, temperature)
 
 
 def in_use(n_candidates: int) -> PosteriorMeanEstimator:

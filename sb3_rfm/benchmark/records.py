@@ -176,8 +176,8 @@ class RunFolder:
         """Add to the configuration what the run is done with."""
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         config = self.config
-        sessions = [*config.get("sessions", []), started]
-        write_json(self.path / "config.json", config | what | provenance() | {"sessions": sessions})
+        starts = [*config.get("starts", []), started]
+        write_json(self.path / "config.json", config | what | provenance() | {"starts": starts})
 
     def set_status(self, **values: Any) -> None:
         write_json(self.path / "status.json", self.status | values)
@@ -247,7 +247,7 @@ def describe_machine() -> dict[str, Any]:
     if cpuinfo.exists():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0] if names else model
-    machine = {"processor": model, "cores": os.cpu_count(), "system": platform.platform()}
+    machine = {"processor": model, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     return machine

@@ -75,8 +75,8 @@ class Results:
                 | {"state": state, "steps": last["step"]}
                 | {name: last.get(name) for name in ("wall_clock", "training_seconds")}
                 | {"final_return": last.get("mean"), "eval_every": spec.eval_every, "eval_episodes": spec.eval_episodes}
-                | {"commit": config.get("commit"), "started": (config.get("sessions") or [None])[0]}
-                | {"interruptions": len(config.get("sessions", [None])) - 1}
+                | {"commit": config.get("commit"), "started": (config.get("starts") or [None])[0]}
+                | {"interruptions": len(config.get("starts", [None])) - 1}
                 | {name: json.dumps(config.get(name, {})) for name in ("arguments", "versions", "machine")}
                 | {"evaluation_particles": config.get("evaluation_particles")}
             )

@@ -1,0 +1,152 @@
+"""What is learned from a batch, against closed forms."""
+
+import math
+from typing import Any
+
+import pytest
+import torch as th
+from tiny import TINY
+from torch import Tensor
+
+from sb3_rfm import RFM
+from sb3_rfm.actors import boltzmann_log_prob, squash, unsquash
+from sb3_rfm.critics import QCritic
+from sb3_rfm.scales import update_reward_scale
+
+
+def make(**kwargs: Any) -> RFM:
+    return RFM("MlpPolicy", "Pendulum-v1", **TINY | kwargs)
+
+
+def answer(critic: QCritic, values: list[float]) -> None:
+    """Have each Q-function give one value for everything, in its own unit."""
+    for network, value in zip(critic.q_networks, values, strict=True):
+        network.output_layer.weight.data.zero_()
+        network.output_layer.bias.data.fill_(value)
+
+
+def test_density_of_latents_is_that_of_actions_times_the_jacobian() -> None:
+    latents = th.randn(5, 4, 3, dtype=th.float64, requires_grad=True)
+    q = lambda actions: -(actions - 0.3).square().sum(-1)  # noqa: E731
+    jacobian = th.autograd.grad(squash(latents).sum(), latents, create_graph=True)[0]
+    expected = q(squash(latents)) / 0.2 + jacobian.log().sum(-1)
+    log_p = boltzmann_log_prob(latents, q(squash(latents)), 0.2)
+    th.testing.assert_close(log_p, expected)
+    gradients = [th.autograd.grad(value.sum(), latents, retain_graph=True)[0] for value in (log_p, expected)]
+    th.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("n_target_particles", [1, 2])
+def test_critics_are_regressed_on_the_smaller_target_value(n_target_particles: int) -> None:
+    model = make(n_target_particles=n_target_particles)
+    answer(model.critic, [1.0, 3.0])
+    answer(model.critic_target, [10.0, 7.0])
+    model.critic.scale.fill_(2.0)
+    model.critic_target.scale.fill_(2.0)
+    features = th.randn(2, 3)
+    discounts = th.tensor([0.9, 0.0])  # the second transition ends its episode
+    loss, _ = model._learner.critic_loss(features, th.zeros(2, 1), features, features, th.tensor([1.0, 5.0]), discounts)
+    targets = [1.0 + 0.9 * 14.0, 5.0]
+    expected = 0.5 * sum((q - target) ** 2 / 2 for q in (2.0, 6.0) for target in targets) / 2.0**2
+    assert loss.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("path", ["cond_ot", "cosine"])
+def test_the_flow_that_knows_the_posterior_mean_has_no_loss(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Q such that latents are Gaussian, N(m, s^2): u_1 given u_t is Gaussian then, too."""
+    mean, std, temperature = 0.4, 0.6, 0.5
+    model = make(n_candidates=64, path=path, temperature=temperature)
+
+    def gaussian_q(encoded: Any, actions: Tensor, reduced: bool) -> Tensor:
+        u, jacobian = unsquash(actions), 1 - actions.square()
+        return temperature * (-0.5 * ((u - mean) / std).square() - jacobian.log()).sum(-1)
+
+    def exact(encoded: Tensor, latents: Tensor, t: Tensor, reduced: bool = False) -> Tensor:
+        alpha, sigma = (f(t)[:, None] for f in (model.actor.probability_path.alpha, model.actor.probability_path.sigma))
+        gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+        return mean + gain * (latents - alpha * mean)
+
+    monkeypatch.setattr(model.critic, "split_q", gaussian_q)
+    features, actions = th.randn(500, 3), 1.6 * th.rand(500, 1) - 0.8
+    with monkeypatch.context() as known:
+        known.setattr(model.actor, "predict_data", exact)
+        loss, _ = model._learner.actor_loss(features, features, actions)
+    untrained, _ = model._learner.actor_loss(features, features, actions)
+    assert loss.item() < 1e-3 < 0.1 < untrained.item()
+
+
+def test_a_new_unit_leaves_values_as_they_are() -> None:
+    model = make()
+    critic, obs, actions = model.critic, th.randn(6, 3), 2 * th.rand(6, 1) - 1
+    before = critic.q_values(critic.encode(obs), actions)
+    critic.rescale(th.tensor(5.0))
+    th.testing.assert_close(critic.q_values(critic.encode(obs), actions), before)
+    assert critic.scale.item() == 5.0
+
+
+def test_the_first_reward_sets_the_unit_of_what_networks_say() -> None:
+    """Before it, values mean nothing: the networks' outputs are kept. After it, the values are."""
+    model = make()
+    critic, obs, actions = model.critic, th.randn(6, 3), 2 * th.rand(6, 1) - 1
+    values = lambda: critic.q_values(critic.encode(obs), actions)  # noqa: E731
+    fresh = values()
+    update_reward_scale(model.policy, th.zeros(4, 1), scale_temperature=True)
+    th.testing.assert_close(values(), fresh)
+    update_reward_scale(model.policy, th.full((4, 1), -3.0), scale_temperature=True)
+    th.testing.assert_close(values(), 3 * fresh)
+    assert model.policy.temperature.item() == pytest.approx(3.0)
+    update_reward_scale(model.policy, th.full((4, 1), 5.0), scale_temperature=True)
+    th.testing.assert_close(values(), 3 * fresh)
+    assert critic.scale.item() == pytest.approx(4.0), "the mean size of a reward"
+    assert model.critic_target.scale.item() == pytest.approx(4.0)
+
+
+def test_frozen_layers_are_not_trained() -> None:
+    """Also those that have a gradient, and a state in the optimizer, from before."""
+    model = make().learn(20)
+    frozen = [*model.actor.network.first.parameters(), *model.critic.q_networks[0].first.parameters()]
+    before = [parameter.detach().clone() for parameter in frozen]
+    last = model.actor.network.output_layer.weight.detach().clone()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    model.train(3, 16)
+    for parameter, value in zip(frozen, before, strict=True):
+        th.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
+    assert not th.equal(model.actor.network.output_layer.weight, last)
+
+
+def test_metrics_outlive_another_way_of_running_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read late on a GPU: maybe after the functions were prepared anew."""
+    model = make().learn(20)
+    with monkeypatch.context() as late:
+        late.setattr(model, "_record_metrics", lambda: None)
+        model.train(1, 16)
+    model._prepare_functions(model._learner.executor)
+    model._record_metrics()
+    assert math.isfinite(model.logger.name_to_value["train/critic_loss"])
+
+
+def test_what_was_compiled_is_kept_by_later_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts are the updates of this process, also where many short calls of ``learn`` make them."""
+    expected: list[int] = []
+
+    def resolve(execution: str, device: th.device, n_updates: int) -> str:
+        expected.append(n_updates)
+        return "eager"
+
+    monkeypatch.setattr("sb3_rfm.flow_actor_critic.resolve_mode", resolve)
+    model = make(learning_starts=0)
+    for _ in range(3):
+        model.learn(10, reset_num_timesteps=False)
+    assert expected == [0, 10, 20, 30]
+
+
+def test_the_policy_as_a_module() -> None:
+    """PyTorch's ``train`` and ``eval`` leave the target critic alone, and actions carry gradients where they are asked for."""
+    model = make()
+    model.policy.train()
+    assert model.critic.training and not model.critic_target.training
+    model.policy.eval()
+    assert not model.critic.training
+    model.policy.run_act = lambda *_: pytest.fail("compiled functions carry no gradients")
+    assert model.policy(th.zeros(2, 3), deterministic=True).requires_grad
