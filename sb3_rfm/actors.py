@@ -180,21 +180,6 @@ class FlowActor(BoundedPolicy):
         self._source = self._source.to(self.device)
         return self
 
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        data.update(
-            net_arch=self.net_arch,
-            features_extractor=self.features_extractor,
-            features_dim=self.features_dim,
-            activation_fn=self.activation_fn,
-            path=self.path,
-            source=self.source,
-            sampler=self.sampler,
-            integration_steps=self.integration_steps,
-            t_min=self.t_min,
-        )
-        return data
-
     def features(self, obs: PyTorchObs) -> Tensor:
         """Features of observations, (B, F)."""
         return self.extract_features(obs, self.features_extractor)

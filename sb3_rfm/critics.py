@@ -1,7 +1,5 @@
 """Ensembles of Q-functions that learn numbers of one size, whatever the unit of the reward."""
 
-from typing import Any
-
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_action_dim
@@ -62,19 +60,6 @@ class QCritic(PersistentModel):
             ConditionalMLP(features_dim, action_dim, 1, net_arch, activation_fn, layer_norm) for _ in range(n_critics)
         )
         self.register_buffer("scale", th.ones(()))
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        data.update(
-            net_arch=self.net_arch,
-            features_extractor=self.features_extractor,
-            features_dim=self.features_dim,
-            activation_fn=self.activation_fn,
-            n_critics=self.n_critics,
-            layer_norm=self.layer_norm,
-            share_features_extractor=self.share_features_extractor,
-        )
-        return data
 
     @property
     def _networks(self) -> list[ConditionalMLP]:

@@ -178,7 +178,17 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
 
 
 class PersistentModel(BaseModel):
-    """A network with its own ``save`` and ``load``, the latter through the allow-list."""
+    """A network with its own ``save`` and ``load``, the latter through the allow-list.
+
+    What ``save`` writes of the constructors' arguments are the attributes of the same names.
+    """
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        own = [
+            vars(cls)["__init__"] for cls in type(self).__mro__ if issubclass(cls, PersistentModel) and "__init__" in vars(cls)
+        ]
+        names = [name for constructor in own for name in inspect.signature(constructor).parameters]
+        return super()._get_constructor_parameters() | {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     @classmethod
     def load(cls: type[SelfModel], path: str, device: th.device | str = "auto", trusted: bool = False) -> SelfModel:

@@ -166,25 +166,8 @@ class FlowPolicy(BoundedPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
-        data.update(
-            net_arch=self.net_arch,
-            activation_fn=self.activation_fn,
-            features_extractor_class=self.features_extractor_class,
-            features_extractor_kwargs=self.features_extractor_kwargs,
-            lr_schedule=ConstantSchedule(0.0),
-            optimizer_class=self.optimizer_class,
-            optimizer_kwargs=self.optimizer_kwargs,
-            n_critics=self.n_critics,
-            layer_norm=self.layer_norm,
-            share_features_extractor=self.share_features_extractor,
-            path=self.actor.path,
-            source=self.actor.source,
-            sampler=self.actor.sampler,
-            integration_steps=self.actor.integration_steps,
-            n_particles=self.n_particles,
-            t_min=self.actor.t_min,
-        )
-        return data
+        data |= {name: getattr(self.actor, name) for name in ("path", "source", "sampler", "integration_steps", "t_min")}
+        return data | {"lr_schedule": ConstantSchedule(0.0)}
 
     def train(self: SelfFlowPolicy, mode: bool = True) -> SelfFlowPolicy:
         """Put actor and critic in training or evaluation mode; the target critic stays in evaluation mode."""
@@ -232,7 +215,8 @@ class FlowPolicy(BoundedPolicy):
         if not several:
             return latents[:, 0], q[:, 0]
         index = self.choose_index(q, deterministic)
-        return th.take_along_dim(latents, index[..., None], 1)[:, 0], th.take_along_dim(q, index, 1)[:, 0]
+        # Not th.take_along_dim, which would fix the number of states in an exported policy.
+        return latents.gather(1, index.unsqueeze(-1).expand(-1, -1, latents.shape[-1]))[:, 0], q.gather(1, index)[:, 0]
 
     def acting_features(self, observation: PyTorchObs) -> tuple[Tensor, Tensor | None]:
         """Features of the actor, and of the critic where it is to choose among particles, (B, F) each."""
