@@ -3,7 +3,8 @@
 A pickle is a program: it may name any function that can be imported, and call it. :class:`AllowListUnpickler` resolves only
 names on a list of data types (spaces, NumPy arrays and generators, Stable-Baselines3's buffers, noises and schedules, the
 classes of ``torch.nn``, ``torch.optim`` and ``torch.distributions``, this package's policies, paths and sources) and refuses
-every other name before anything is called. The types on the list do nothing but hold data when they are built.
+every other name before anything is called. The types on the list do nothing but hold data when they are built, and a file may
+set the state of what it builds only: not of the types themselves, and not a description of memory that NumPy would believe.
 
 See https://docs.python.org/3/library/pickle.html#restricting-globals.
 """
@@ -14,9 +15,12 @@ import importlib
 import io
 import json
 import pickle
+import types
 import zipfile
-from collections.abc import Collection
-from typing import IO, Any
+from collections.abc import Callable, Collection
+from typing import IO, Any, ClassVar
+
+import numpy as np
 
 NAMES = {
     "_codecs": {"encode"},  # bytes, in protocol 2
@@ -26,8 +30,7 @@ NAMES = {
     },
     "collections": {"OrderedDict", "deque"},
     "copyreg": {"_reconstructor"},
-    "numpy": {"dtype", "ndarray"},
-    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.core.multiarray": {"scalar"},
     "numpy.core.numeric": {"_frombuffer"},
     "numpy.random._pickle": {"__bit_generator_ctor", "__generator_ctor", "__randomstate_ctor"},
     "numpy.random.bit_generator": {"SeedSequence", "__pyx_unpickle_SeedSequence"},
@@ -82,13 +85,13 @@ def resolve(module: str, name: str) -> Any:
     # Names that moved: Python 2's builtins (pickle protocol 2), and NumPy's private modules (2.0).
     module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
     key = module.replace("numpy._core", "numpy.core", 1)
-    if (module, name) == ("torch.storage", "_load_from_bytes"):
-        return _load_storage
+    if (key, name) in STAND_INS:
+        return STAND_INS[key, name]
     if name in NAMES.get(key, ()):
         return getattr(importlib.import_module(module), name)
     if key == "numpy" or (key.startswith("numpy.random._") and name in BIT_GENERATORS):
         value = getattr(importlib.import_module(module), name, None)
-        if isinstance(value, type) and (key != "numpy" or issubclass(value, importlib.import_module("numpy").generic)):
+        if isinstance(value, type) and (key != "numpy" or issubclass(value, np.generic)):
             return value
     if key == "torch" and isinstance(value := getattr(importlib.import_module("torch"), name, None), _torch_dtype()):
         return value
@@ -109,11 +112,60 @@ def _torch_dtype() -> type:
     return importlib.import_module("torch").dtype
 
 
-class AllowListUnpickler(pickle.Unpickler):
-    """An unpickler that resolves nothing but :func:`resolve` allows."""
+class _Array:
+    """``numpy.ndarray`` as an argument; to call it could make an array of objects from any memory."""
+
+    def __init__(self, *args: Any) -> None:
+        raise RefusedError("a call of numpy.ndarray")
+
+
+def _empty_array(kind: type, *_: Any) -> np.ndarray:
+    """The array that NumPy's pickles begin with; they set its state then, which NumPy checks."""
+    if kind is not _Array:
+        raise RefusedError(f"an array that is a {kind.__name__}")
+    return np.ndarray((0,), "b")
+
+
+def _plain_dtype(*args: Any) -> np.dtype:
+    """A dtype without fields."""
+    dtype = np.dtype(*args)
+    if dtype.fields is not None or dtype.subdtype is not None:
+        raise RefusedError(f"the dtype {dtype}")
+    return dtype
+
+
+def _describes(state: Any, dtype: np.dtype) -> bool:
+    """Whether a pickled state, (version, order, sub-array, names, fields, size, alignment, flags), is one of this dtype."""
+    return isinstance(state, tuple) and len(state) >= 8 and state[2:5] == (None, None, None) and state[7] == dtype.flags
+
+
+STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "dtype"): _plain_dtype,
+    ("numpy", "ndarray"): _Array,
+    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+    ("torch.storage", "_load_from_bytes"): _load_storage,
+}
+"""What takes the place of functions that believe what a file says."""
+
+
+class AllowListUnpickler(pickle._Unpickler):  # the one in Python: in that in C, BUILD cannot be overridden
+    """An unpickler that resolves nothing but :func:`resolve` allows, and changes nothing but what it builds."""
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         return resolve(module, name)
+
+    def load_build(self) -> None:
+        state, built = self.stack[-1], self.stack[-2]
+        if isinstance(built, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)):
+            raise RefusedError(f"a change of {built.__name__}")
+        if isinstance(built, np.dtype) and not _describes(state, built):
+            raise RefusedError(f"a change of the dtype {built}")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 Unpickler = AllowListUnpickler

@@ -21,11 +21,11 @@ from sb3_rfm import RFM
 from sb3_rfm.benchmark import cost, figures, report, speed, statistics
 from sb3_rfm.benchmark.__main__ import main
 from sb3_rfm.benchmark.cases import Sizes
-from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, git_commit
+from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, git_commit, write_atomic
 from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.runner import LocalEngine, Sweep, plan
 from sb3_rfm.benchmark.suites import DMC8, SETTINGS, Setting, get_algorithm, get_setting, get_tasks, make_env, parse_overrides
-from sb3_rfm.benchmark.worker import BUSY, STOPPED, Evaluator, Recorder, build_model
+from sb3_rfm.benchmark.worker import BUSY, STOPPED, Evaluator, Recorder, build_model, run
 
 # Statistics
 
@@ -108,6 +108,8 @@ def test_overrides_are_literals_for_all_algorithms_or_for_one() -> None:
     for wrong in ("tau", "=1", "sac.tau=1"):
         with pytest.raises(ValueError, match="expects argument=value"):
             parse_overrides([wrong], ["rfm"])
+    with pytest.raises(ValueError, match="False instead of 'false'"):
+        parse_overrides(["sac.use_sde=false"], ["sac"])
 
 
 def test_names_are_resolved_and_refused() -> None:
@@ -201,6 +203,36 @@ def test_results_are_not_lost_by_asking_for_more_steps(tmp_path: Path) -> None:
         RunFolder.create(tmp_path, spec(steps=200))
     folder.checkpoint.touch()
     assert RunFolder.create(tmp_path, spec(steps=200)).spec.steps == 200 and not folder.finished
+
+
+def test_more_steps_may_be_asked_for_while_a_run_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder.create(tmp_path, spec(arguments=TINY))
+    write_status = Recorder.write_status
+
+    def ask_for_more(recorder: Recorder, step: int, state: str = "running") -> None:
+        if state == "finished":
+            RunFolder.create(tmp_path, spec(steps=150, arguments=TINY))
+        write_status(recorder, step, state)
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Recorder, "write_status", ask_for_more)
+        run(folder.path, checkpoint_every=10)
+    assert not folder.finished and folder.checkpoint.exists()
+    before = [e.returns for e in folder.read_evaluations()]
+    run(folder.path, checkpoint_every=10)
+    assert folder.finished and not folder.checkpoint.exists()
+    assert [e.step for e in folder.read_evaluations()] == [0, 50, 100, 150]
+    assert [e.returns for e in folder.read_evaluations()][:3] == before
+
+
+def test_files_are_written_by_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of the same number: none sees, or takes away, what another has not finished."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    names: set[Path] = set()
+    monkeypatch.setattr(Path, "replace", lambda temporary, file: names.add(temporary))
+    for _ in range(2):
+        write_atomic(tmp_path / "file", "text")
+    assert len(names) == 2
 
 
 def test_a_run_that_another_process_does_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,8 +520,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 TINY = {"learning_starts": 60, "execution": "eager"}
 
 
-def worker(folder: RunFolder) -> subprocess.Popen:
-    command = [sys.executable, "-m", "sb3_rfm.benchmark.worker", str(folder.path), "--checkpoint-every", "30"]
+def worker(folder: RunFolder, checkpoint_every: int = 30) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sb3_rfm.benchmark.worker", str(folder.path), "--checkpoint-every", str(checkpoint_every)]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
 
@@ -506,11 +538,11 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path: Path, algo: str
     wanted = spec(algo=algo, steps=250, eval_every=50, arguments=arguments)
     whole, broken = RunFolder.create(tmp_path / "a", wanted), RunFolder.create(tmp_path / "b", wanted)
     assert worker(whole).wait() == 0
-    for sign, status in ((signal.SIGTERM, STOPPED), (signal.SIGKILL, -signal.SIGKILL)):
-        process, start = worker(broken), broken.status["step"]
+    for sign, status, checkpoint_every in ((signal.SIGTERM, STOPPED, 10_000), (signal.SIGKILL, -signal.SIGKILL, 30)):
+        process, start = worker(broken, checkpoint_every), broken.status["step"]
         wait_until(lambda start=start, process=process: broken.status["step"] >= start + 70 or process.poll() is not None)
         process.send_signal(sign)
-        assert process.wait() == status
+        assert process.wait() == status and broken.checkpoint.exists()
     process = worker(broken)
     assert process.wait() == 0 and broken.finished and not broken.checkpoint.exists()
     assert [e.returns for e in broken.read_evaluations()] == [e.returns for e in whole.read_evaluations()]

@@ -302,6 +302,58 @@ def test_everything_that_is_not_data_is_refused(reference: tuple[str, str]) -> N
         safe_pickle.resolve(*reference)
 
 
+class Forged:
+    """Pickled as the call of a function with some arguments, and a state for what it returns."""
+
+    def __init__(self, function: Any, arguments: tuple[Any, ...], state: Any = None) -> None:
+        self.reduced = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+@pytest.mark.parametrize(
+    ("content", "refused"),
+    [
+        # The state of a class, and not of an object of it.
+        (b"cstable_baselines3.common.buffers\nReplayBuffer\nN}Vsample\ncbuiltins\nfloat\ns\x86b.", "a change of ReplayBuffer"),
+        (b"csb3_rfm.checkpoint\npadded\nN}V__defaults__\n)s\x86b.", "a change of padded"),
+        # Arrays of objects out of any bytes: reading them would follow an address from the file.
+        (pickle.dumps(Forged(np.ndarray, ((1,), np.dtype(object), bytearray(8)))), "a call of numpy.ndarray"),
+        (pickle.dumps(Forged(np.dtype, ([("a", "O")],))), "the dtype"),
+        (
+            pickle.dumps(Forged(np.dtype, ("V8",), (3, "|", None, ("a",), {"a": (np.dtype(object), 0)}, 8, 1, 0))),
+            "a change of the dtype",
+        ),
+        (pickle.dumps(Forged(np.dtype, ("f8",), (3, "<", None, None, None, -1, -1, 63))), "a change of the dtype"),
+    ],
+)
+def test_a_file_changes_nothing_but_what_it_builds(content: bytes, refused: str) -> None:
+    with pytest.raises(RefusedError, match=f"refers to {refused}"):
+        safe_pickle.load(io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.arange(6.0).reshape(2, 3),
+        np.array([{"a": 1}, None], object),
+        np.array(["some", "text"]),
+        np.array([], np.uint8),
+        np.array(["2026-01-01"], "datetime64[D]"),
+        np.array([True]),
+        np.float32(1.5),
+        np.arange(4, dtype=">i4"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_arrays_are_read_as_they_were(value: Any, protocol: int) -> None:
+    read = safe_pickle.load(io.BytesIO(pickle.dumps(value, protocol)))
+    assert read.dtype == pickle.loads(pickle.dumps(value, protocol)).dtype  # protocol 2 loses the byte order
+    np.testing.assert_array_equal(read, value)
+
+
 def test_own_functions_need_trust(tmp_path: Path) -> None:
     RFM("MlpPolicy", "Pendulum-v1", **TINY, learning_rate=lambda progress: 1e-3 * progress).save(tmp_path / "model")
     with pytest.raises(RefusedError, match=r"learning_rate|lr_schedule"):

@@ -87,7 +87,8 @@ def different_ends(everything: Results, results: Results) -> list[str]:
 
 
 def mixtures(results: Results) -> list[str]:
-    """A sentence for each algorithm whose runs were not all made with the same arguments and the same code."""
+    """Sentences for algorithms whose runs were not all made with the same arguments and the same code, or with code that is in
+    no commit."""
     sentences = []
     versions = results.runs["versions"].map(lambda versions: json.loads(versions).get("sb3_rfm"))
     for algo in results.algos:
@@ -99,6 +100,8 @@ def mixtures(results: Results) -> list[str]:
         }
         if several := [how.format(n) for how, n in numbers.items() if n > 1]:
             sentences.append(f"The runs of {algo} were made {', '.join(several)}.")
+        if uncommitted := int(runs["commit"].fillna("").str.contains("+changes", regex=False).sum()):
+            sentences.append(f"{count(uncommitted, 'run')} of {algo} had changes to the code that are in no commit.")
     return sentences
 
 

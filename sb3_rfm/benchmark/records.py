@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import subprocess
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -79,7 +80,7 @@ class Evaluation:
 
 def write_atomic(file: Path, text: str) -> None:
     """Replace ``file`` by one with the content ``text``; nobody ever sees a part of it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # process numbers are not unique across machines
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
 
@@ -174,10 +175,9 @@ class RunFolder:
 
     def describe(self, **what: Any) -> None:
         """Add to the configuration what the run is done with."""
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        config = self.config
-        starts = [*config.get("starts", []), started]
-        write_json(self.path / "config.json", config | what | provenance() | {"starts": starts})
+        config, made_with = self.config, provenance()
+        started = {"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": made_with["commit"]}
+        write_json(self.path / "config.json", config | what | made_with | {"starts": [*config.get("starts", []), started]})
 
     def set_status(self, **values: Any) -> None:
         write_json(self.path / "status.json", self.status | values)

@@ -275,7 +275,7 @@ def render(
         task=runs["env_id"].map(short),
         hours=(runs["wall_clock"] / 3600).map("{:.2f}".format),
         final_return=runs["final_return"].map(lambda value: return_text(value, 1)),
-        commit=runs["commit"].astype(str).str[:10],
+        commit=runs["commit"].fillna("").str.replace(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", regex=True),
     )[["task", "algo", "seed", "steps", "final_return", "hours", "commit"]]
     seeds.index += 1
     machines = sorted({describe(run.machine, run.versions) for run in runs.itertuples()})

@@ -49,6 +49,7 @@ class Results:
         places: dict[tuple[str, str, int], Path] = {}
         for folder in find_runs(root):
             config, spec = folder.config, folder.spec
+            starts = config.get("starts") or [{}]
             place = places.setdefault((spec.env_id, spec.algo, spec.seed), folder.path)
             if place != folder.path:
                 raise ValueError(
@@ -75,8 +76,8 @@ class Results:
                 | {"state": state, "steps": last["step"]}
                 | {name: last.get(name) for name in ("wall_clock", "training_seconds")}
                 | {"final_return": last.get("mean"), "eval_every": spec.eval_every, "eval_episodes": spec.eval_episodes}
-                | {"commit": config.get("commit"), "started": (config.get("starts") or [None])[0]}
-                | {"interruptions": len(config.get("starts", [None])) - 1}
+                | {"commit": " ".join(dict.fromkeys(start["commit"] for start in starts if start.get("commit")))}
+                | {"started": starts[0].get("at"), "interruptions": len(starts) - 1}
                 | {name: json.dumps(config.get(name, {})) for name in ("arguments", "versions", "machine")}
                 | {"evaluation_particles": config.get("evaluation_particles")}
             )

@@ -207,8 +207,10 @@ class Sweep:
                 self.kills[folder.path] = self.kills.get(folder.path, 0) + 1
                 self.pending.insert(0, folder)
                 self.first_step.pop(folder.path, None)  # its speed is measured anew
-            elif status != 0 or not folder.finished:
+            elif status != 0:
                 self.failed.append(folder)
+            elif not folder.finished:  # it was asked for more steps meanwhile
+                self.pending.append(folder)
             if not self.console.is_terminal and status != BUSY:
                 self.console.print(self._line(folder, status))
 

@@ -66,7 +66,7 @@ class Measurements:
     """Everything that was measured.
 
     :param setup: Machine, versions, sizes and threads
-    :param first_update: Seconds from the first call of ``learn`` to the first updates, compilation included, by case
+    :param first_update: Seconds from making the model to the first updates, compilation included, by case
     :param rounds: Numbers by quantity and case, one for each round
     """
 

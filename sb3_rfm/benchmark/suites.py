@@ -211,6 +211,8 @@ def parse_overrides(items: Iterable[str], labels: Iterable[str]) -> dict[str, di
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
+            if text.lower() in ("true", "false", "none"):
+                raise ValueError(f"--set takes Python's literals: {text.capitalize()} instead of {text!r}.") from None
             value = text
         for label in [target] if target else list(result):
             result[label][argument] = value

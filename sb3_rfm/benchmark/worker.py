@@ -224,7 +224,7 @@ def run(path: Path, checkpoint_every: int = 10_000, keep_checkpoint: bool = Fals
         if keep_checkpoint:
             recorder.write_checkpoint()
         recorder.write_status(model.num_timesteps, "finished")
-        if not keep_checkpoint:
+        if not keep_checkpoint and RunFolder(path).finished:  # it may have been asked for more steps meanwhile
             folder.checkpoint.unlink(missing_ok=True)
 
 
