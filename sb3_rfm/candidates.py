@@ -7,7 +7,7 @@ log-ratio ``log p0 - log r`` goes into their importance weights. So every choice
 - the posterior under a Gaussian p1 of a given *data scale* ``S``: a Gaussian source of mean ``m`` and variance ``v`` makes
   ``x_1`` Gaussian with precision ``1/S^2 + alpha^2/(sigma^2 v)`` and mean ``alpha (x_t - sigma m) / (sigma^2 v) / precision``.
   It follows the posterior over the whole range of t, where the source loses it as t goes to 0. Other sources keep their own
-  shape, with that mean and precision;
+  shape, with that mean and precision in each dimension (correlations are not looked at);
 - an equal mixture of either with the same density, somewhat narrower, around a *guess* of the data mean (a network's own
   prediction). The broad half keeps the weights bounded by twice those without the guess, however bad the guess.
 
@@ -94,11 +94,13 @@ def draw_candidates(
         return Candidates(noise, None)
     alpha, sigma = path.alpha(t)[:, None, None], path.sigma(t)[:, None, None]
     x_t = x_t[:, None]
-    noise_precision = (alpha / sigma).square() / source.variance
+    source_mean, variance = (
+        moment.to(x_t) if isinstance(moment, Tensor) else moment for moment in (source.mean, source.variance)
+    )
+    noise_precision = (alpha / sigma).square() / variance
     precision = (0.0 if data_scale is None else data_scale**-2) + noise_precision
-    source_mean = source.mean.to(x_t) if isinstance(source.mean, Tensor) else source.mean
     # Data of noise x_0: mean - spread * (x_0 - source_mean), in units of the source's standard deviation.
-    spread = (precision * source.variance).rsqrt()
+    spread = (precision * variance).rsqrt()
     broad = (x_t / alpha - sigma / alpha * source_mean) * noise_precision / precision + spread * source_mean
     if guess is None:
         x_1 = broad - spread * noise

@@ -55,7 +55,7 @@ def fit_diagonal(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
     return _ratio(-covariance, variance)
 
 
-def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, upper: float = 1.0) -> Tensor:
+def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, upper: float | Tensor = 1.0) -> Tensor:
     """The diagonal behind ``coefficient="optimal"``: the smallest of three that each err in another way.
 
     1. The fit with the candidates' weights, shrunk: right where many candidates count, and noise where one or two do.
@@ -74,7 +74,8 @@ def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, up
     :param values: ``f``, (B, K, D)
     :param stein: ``s``, (B, K, D), with mean zero under the target
     :param valid: Candidates with finite density and score, (B, K)
-    :param upper: The coefficient that leaves nothing but gradients; 1 in noise coordinates with a standard Gaussian source
+    :param upper: The coefficient that leaves nothing but gradients, a number or (D,); 1 in noise coordinates with a standard
+        Gaussian source
     :return: ``c``, (B, D)
     """
     mean_stein = weighted_mean(weights, stein)
@@ -92,13 +93,14 @@ def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, up
     return fitted * torch.nan_to_num(length / _positive(correction), nan=0.0).clamp(max=1).unsqueeze(1)
 
 
-def _shrink(weights: Tensor, values: Tensor, stein: Tensor, upper: float) -> Tensor:
+def _shrink(weights: Tensor, values: Tensor, stein: Tensor, upper: float | Tensor) -> Tensor:
     """:func:`fit_scalar`, and then :func:`fit_diagonal` to what it leaves, within [0, upper], each shrunk by its uncertainty.
 
     Of the degrees of freedom, each effective candidate but the first brings one for each dimension, and each slope takes one;
     that which all dimensions have in common is already taken when they get one each. Candidates enter by ``W^2``, so their
     effective number is that of squared weights; two always count, the heaviest and the next.
     """
+    bounds = (torch.zeros_like(upper), upper) if isinstance(upper, Tensor) else (0.0, upper)
     squared, dim = weights.square(), values.shape[-1]
     covariance, variance, spread = _second_moments(weights, values, stein)
     n_effective = squared.sum(1, keepdim=True).square() / _positive(squared.square().sum(1, keepdim=True))
@@ -106,12 +108,12 @@ def _shrink(weights: Tensor, values: Tensor, stein: Tensor, upper: float) -> Ten
 
     common = _shrunk_coefficient(
         covariance.sum(-1, keepdim=True), variance.sum(-1, keepdim=True), spread.sum(-1, keepdim=True), dim * n_free - 1
-    ).clamp(0.0, upper)
+    ).clamp(*bounds)
     # The same moments of f + common * s. A perfect fit to two candidates proves nothing, hence the last factor.
     covariance, spread = covariance + common * variance, spread + 2 * common * covariance + common.square() * variance
     freedom = (dim - 1) / dim * (n_free - 1)
     own = _shrunk_coefficient(covariance, variance, spread, freedom) * freedom / (1 + freedom)
-    return (common + own).clamp(0.0, upper)
+    return (common + own).clamp(*bounds)
 
 
 def _shrunk_coefficient(covariance: Tensor, variance: Tensor, spread: Tensor, freedom: Tensor) -> Tensor:

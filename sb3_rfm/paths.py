@@ -139,10 +139,10 @@ class CosinePath(Path):
         return torch.sin(0.5 * math.pi * t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.cos(0.5 * math.pi * t)
+        return torch.sin(0.5 * math.pi * (1 - t))  # the cosine would cancel near t = 1
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        return 0.5 * math.pi * torch.cos(0.5 * math.pi * t)
+        return 0.5 * math.pi * self.sigma(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
         return -0.5 * math.pi * torch.sin(0.5 * math.pi * t)

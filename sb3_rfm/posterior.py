@@ -50,12 +50,14 @@ class PosteriorMean(NamedTuple):
     score: Tensor
     """Score of the path at ``x_t``, (B, D)"""
     ess: Tensor
-    """Effective sample size, (B,): ``1 / sum_k W_k^2``, between 1 and K, for importance sampling"""
+    """Effective sample size, (B,): ``1 / sum_k W_k^2``, between 1 and K, for importance sampling. That of chains and particles
+    does not see what they have in common: where all descend from one candidate, it is far too large"""
     coefficient: Tensor
     """``Lambda`` in noise coordinates, (B, D): 0 is a plain posterior mean, 1 (a Gaussian source's variance) a pure gradient
     estimate"""
     variance_ratio: Tensor
-    """Estimated variance of the estimate over that without control variate, (B,); 1 where a single candidate counts"""
+    """Estimated variance of the estimate over that without control variate, as if candidates were independent, (B,); 1 where a
+    single candidate counts"""
 
 
 class PosteriorMeanEstimator:
@@ -75,7 +77,8 @@ class PosteriorMeanEstimator:
     :param source: ``"gaussian"``, a ``torch.distributions`` distribution or a :class:`~sb3_rfm.sources.Source`
     :param data_scale: A standard deviation of p1, where known. Candidates then come from the posterior that a Gaussian p1
         of that scale would have, instead of the source; that is what keeps them useful at small t. The weights
-        account for it exactly.
+        account for it. Rather too wide than too narrow: from well below the target's own width, candidates miss what is
+        outside, and ``ess`` does not show it
     :param guess_spread: Spread of the candidates around a guess (see :meth:`__call__`), relative to the others
     :param points: ``"independent"``, ``"antithetic"`` or ``"sobol"`` candidates; antithetic ones gain most with few of them,
         Sobol points from 16 on, and either needs the source's quantile function
@@ -215,7 +218,8 @@ class PosteriorMeanEstimator:
         :param generator: Source of the moves' randomness (MCMC and SMC)
         """
         average = self._average(log_prob, x_t, t, candidates, generator)
-        coefficient = self._coefficient(average, average.x_0, self.source.variance)
+        upper = self.source.variance.to(x_t) if isinstance(self.source.variance, Tensor) else self.source.variance
+        coefficient = self._coefficient(average, average.x_0, upper)
         corrected = average.x_0 + coefficient[:, None] * average.stein
         mean_0 = weighted_mean(average.weights, corrected)
         mean_1 = self.path.data_from_noise(mean_0, x_t, t)
@@ -239,9 +243,9 @@ class PosteriorMeanEstimator:
             x_1 = self.path.data_from_noise(x_0, x_t[:, None], t)
             if not self.needs_gradient:
                 with torch.no_grad():
-                    return log_prob(x_1), torch.zeros_like(x_1)
+                    return log_prob(x_1).to(x_1.dtype), torch.zeros_like(x_1)
             log_p1, score_1 = value_and_gradient(log_prob, x_1)
-            return log_p1, -(self.path.sigma(t) / self.path.alpha(t))[:, None, None] * score_1
+            return log_p1.to(x_1.dtype), -(self.path.sigma(t) / self.path.alpha(t))[:, None, None] * score_1
 
         def prior(x_0: Tensor) -> tuple[Tensor, Tensor]:
             return self.source.log_prob(x_0), self.source.score(x_0)
@@ -266,11 +270,12 @@ class PosteriorMeanEstimator:
             return _Average(weights, x_0, source_score, source_score + score, valid, effective_sample_size(weights))
         log_p1, score = likelihood(x_0)
         weights, valid = importance_weights(log_p1 + log_ratio, score)
-        source_score = self.source.score(x_0)
-        stein = (source_score + score).masked_fill(~valid.unsqueeze(-1), 0.0)
+        invalid = ~valid.unsqueeze(-1)
+        source_score = self.source.score(x_0).masked_fill(invalid, 0.0)
+        stein = (source_score + score).masked_fill(invalid, 0.0)
         return _Average(weights, x_0, source_score, stein, valid, effective_sample_size(weights))
 
-    def _coefficient(self, average: "_Average", values: Tensor, upper: float) -> Tensor:
+    def _coefficient(self, average: "_Average", values: Tensor, upper: float | Tensor) -> Tensor:
         """Coefficient for the values ``f``, (B, K, D) → (B, D)."""
         n_batch, _, dim = values.shape
         weights, stein = average.weights, average.stein
@@ -427,14 +432,14 @@ def check_coefficient(coefficient: Coefficient) -> str | float | tuple[float, ..
             )
         return coefficient
     try:
-        numbers = torch.as_tensor(coefficient, dtype=torch.float64)
+        value = torch.as_tensor(coefficient, dtype=torch.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"coefficient must be 'optimal', a number or one number per dimension, got {coefficient!r}."
         ) from error
-    if numbers.dim() > 1 or numbers.numel() == 0 or not bool(torch.isfinite(numbers).all()):
+    if value.dim() > 1 or value.numel() == 0 or not bool(torch.isfinite(value).all()):
         raise ValueError(f"coefficient must be 'optimal', a finite number or one per dimension, got {coefficient!r}.")
-    return float(numbers) if numbers.dim() == 0 else tuple(numbers.tolist())
+    return float(value) if value.dim() == 0 else tuple(value.tolist())
 
 
 def _is_positive(value: object, kind: type[Any] = numbers.Real) -> bool:

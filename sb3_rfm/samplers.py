@@ -147,6 +147,8 @@ def langevin(
     :param generator: Source of the noise
     :return: Samples, (B, ..., D)
     """
+    if not isinstance(step_size, Tensor) and not step_size > 0:
+        raise ValueError(f"Langevin dynamics take steps of a positive size, got {step_size}.")
     noise_size = (2 * step_size) ** 0.5
     for _ in range(n_steps):
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)

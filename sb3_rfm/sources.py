@@ -22,8 +22,9 @@ class Source(ABC):
 
     mean: float | Tensor = 0.0
     """Mean, a scalar or (D,)"""
-    variance: float = 1.0
-    """Variance of one dimension (their mean); ``x_0 + variance * score`` has no noise left where p0 is Gaussian"""
+    variance: float | Tensor = 1.0
+    """Variance of each dimension, a scalar or (D,); ``x_0 + variance * score`` has no noise left where p0 is a Gaussian with
+    independent dimensions"""
     has_quantiles: bool = False
     """Whether :meth:`opposite` and :meth:`from_uniform` are defined"""
 
@@ -114,12 +115,7 @@ class DistributionSource(Source):
             raise ValueError(f"A source covers all of R^D, but {type(distribution).__name__} has the support {support}.")
         self.distribution = _without_checks(distribution)
         self.has_quantiles = _has_quantiles(distribution)
-        try:
-            mean, variance = distribution.mean, float(distribution.variance.mean())
-        except NotImplementedError:
-            return
-        if math.isfinite(variance):  # heavy tails may have none; they decide where candidates are drawn, and no more
-            self.mean, self.variance = mean, variance
+        self.mean, self.variance = self._moments(torch.Size(shape))
 
     def to(self, device: torch.device | str) -> "DistributionSource":
         return _moved(self, device)
@@ -135,6 +131,24 @@ class DistributionSource(Source):
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
             return self.distribution.sample(sample_shape).to(like)
+
+    def _moments(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Mean and variance. Where there are none, or torch does not know them: the median of a fixed sample, and what the
+        variance of a Gaussian with its inner two thirds would be.
+
+        :param shape: Shape of a sample
+        """
+        sample = self.sample((10_001, *(shape or (1,))), torch.empty(0), torch.Generator().manual_seed(0)).reshape(-1, *shape)
+        low, median, high = sample.quantile(torch.special.ndtr(torch.tensor([-1.0, 0.0, 1.0])), dim=0)
+        moments = []
+        for name, substitute in (("mean", median), ("variance", (0.5 * (high - low)).square())):
+            try:
+                moment = getattr(self.distribution, name)
+            except NotImplementedError:
+                moment = substitute
+            moments.append(torch.where(torch.isfinite(moment), moment, substitute))
+        mean, variance = moments
+        return mean, variance
 
     def centre(self, like: Tensor) -> Tensor:
         try:

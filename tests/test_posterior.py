@@ -13,14 +13,17 @@ from scipy import stats
 from test_paths import Polynomial
 from torch import Tensor
 from torch.distributions import (
+    AffineTransform,
     Categorical,
     Distribution,
+    Gumbel,
     Independent,
     Laplace,
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
     StudentT,
+    TransformedDistribution,
 )
 
 from sb3_rfm import control_variates
@@ -396,6 +399,50 @@ def test_a_correlated_source_in_closed_form(coefficient: str | float, data_scale
     assert (z_scores(result.x1 - data_mean).abs() < 4.5).all()
     assert (z_scores(result.score - score).abs() < 4.5).all()
     assert (result.x1 - data_mean).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("source", "mean", "std", "least"),
+    [
+        (Normal(torch.zeros(2), torch.tensor([0.5, 3.0])), [0.0, 0.0], [0.5, 3.0], 1.0),
+        # Torch does not know the moments of this one.
+        (TransformedDistribution(Normal(torch.zeros(2), 1.0), AffineTransform(5.0, 2.0)), [5.0, 5.0], [2.0, 2.0], 0.98),
+    ],
+)
+def test_localised_candidates_of_a_gaussian_are_draws_from_the_posterior(
+    source: Distribution, mean: list[float], std: list[float], least: float, t: float
+) -> None:
+    """Of a standard Gaussian target, whatever the source's width is in each dimension: all weights are equal. The control
+    variate then takes nearly all of the error, though its coefficient is above the variance of most dimensions."""
+    x_t, noise_mean, noise_variance = normal(50, 2, seed=3).float(), torch.tensor(mean), torch.tensor(std).square()
+    gain = t / (t**2 + (1 - t) ** 2 * noise_variance)
+    data_mean = gain * (x_t - (1 - t) * noise_mean)
+    errors = []
+    for coefficient in (0.0, "optimal"):
+        estimator = PosteriorMeanEstimator("cond_ot", 64, coefficient, source=source, data_scale=1.0)
+        result = estimator(gaussian(1.0, 0.0), x_t, times(t, 50).float(), torch.Generator().manual_seed(4))
+        assert result.ess.min() > least * 64 - 0.1
+        errors.append((result.x1 - data_mean).square().mean(0))
+    if least == 1.0:
+        assert (errors[1] < 0.05 * errors[0]).all()
+
+
+def test_a_candidate_without_density_leaves_the_score_finite() -> None:
+    source = Gumbel(0.0, 1.0)  # its density rounds to 0 far below
+    estimator = PosteriorMeanEstimator("cond_ot", 32, source=source, data_scale=1.0)
+    x_t = normal(4, 1, seed=5).float()
+    result = estimator(gaussian(1.0, 0.0), x_t, torch.full((4,), 0.98), torch.Generator().manual_seed(0), guess=x_t + 10)
+    assert all(torch.isfinite(value).all() for value in result)
+
+
+@pytest.mark.parametrize("method", ["snis", "mcmc", "smc"])
+def test_densities_of_another_precision(method: str) -> None:
+    """As of a float32 network and a float64 prior, which does not take float64 itself."""
+    net = torch.nn.Linear(2, 1)
+    estimator = PosteriorMeanEstimator("cond_ot", 8, method=method)
+    result = estimator(lambda x: net(x).squeeze(-1) - x.double().square().sum(-1), normal(3, 2).float(), torch.full((3,), 0.5))
+    assert {value.dtype for value in result} == {torch.float32}
 
 
 def test_the_best_combination_of_scores_beats_both() -> None:

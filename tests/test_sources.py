@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from torch.distributions import (
+    AffineTransform,
     Categorical,
     Distribution,
     Exponential,
@@ -18,6 +19,7 @@ from torch.distributions import (
     Normal,
     Poisson,
     StudentT,
+    TransformedDistribution,
     Uniform,
     VonMises,
 )
@@ -134,8 +136,13 @@ def test_samples_follow_the_generator_and_leave_the_global_one_alone() -> None:
 
 
 def test_variance_is_that_of_one_dimension() -> None:
-    assert DistributionSource(Laplace(0.0, 2.0)).variance == pytest.approx(8.0)
-    assert DistributionSource(StudentT(1.5)).variance == 1.0  # it has none
+    assert float(DistributionSource(Laplace(0.0, 2.0)).variance) == pytest.approx(8.0)
+    heavy = DistributionSource(StudentT(2.0, 5.0, 3.0))  # no variance: its inner two thirds stand for it
+    assert float(heavy.mean) == 5.0
+    assert float(heavy.variance) == pytest.approx((3.0 * stats.t(2.0).ppf(stats.norm.cdf(1.0))) ** 2, rel=0.1)
+    shifted = DistributionSource(TransformedDistribution(Normal(0.0, 2.0), AffineTransform(5.0, 1.0)))  # torch knows neither
+    assert float(shifted.mean) == pytest.approx(5.0, abs=0.1)
+    assert float(shifted.variance) == pytest.approx(4.0, rel=0.1)
 
 
 def test_the_centre_is_a_mode_where_one_is_known_and_else_a_fixed_sample() -> None:
