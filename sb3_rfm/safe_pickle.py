@@ -186,7 +186,8 @@ def load(file: IO[bytes], what: str = "file") -> Any:
         raise RefusedError(refusal(what, str(error))) from None
     except Exception as error:
         # A broken pickle may fail in any way; which one says nothing to the caller.
-        raise ValueError(f"The {what} cannot be read: it is truncated, damaged or something else ({error}).") from error
+        reason = f"no pickle has the opcode {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"The {what} cannot be read: it is truncated, damaged or something else ({reason}).") from error
 
 
 def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = (), trusted: bool = False) -> set[str]:
