@@ -48,6 +48,7 @@ class Target:
     :param log_prob: (..., 2) → (...)
     :param samples: Exact samples, (N, 2)
     :param modes: Where its modes are, (M, 2)
+    :param radius: How far from a mode its samples lie; further off, they are of none
     :param extent: Half the width of pictures
     :param n_updates: Gradient steps that it needs
     """
@@ -55,6 +56,7 @@ class Target:
     log_prob: Callable[[Tensor], Tensor]
     samples: Tensor
     modes: Tensor
+    radius: float
     extent: float
     n_updates: int
 
@@ -72,7 +74,7 @@ def forty_modes() -> Target:
         return first - nn.functional.linear(x, slope, offset).log_softmax(-1)[..., 0]
 
     index = torch.randint(40, (2000,), generator=generator)
-    return Target(log_prob, means[index] + std * torch.randn(2000, 2, generator=generator), means, 1.9, 1500)
+    return Target(log_prob, means[index] + std * torch.randn(2000, 2, generator=generator), means, 3 * std, 1.9, 1500)
 
 
 def moons() -> Target:
@@ -87,7 +89,7 @@ def moons() -> Target:
     generator = torch.Generator().manual_seed(0)
     index = torch.multinomial(torch.softmax(log_prob(grid), 0), 2000, replacement=True, generator=generator)
     jitter = (torch.rand(2000, 2, generator=generator) - 0.5) * 0.01
-    return Target(log_prob, grid[index] + jitter, torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 3.5, 300)
+    return Target(log_prob, grid[index] + jitter, torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), math.inf, 3.5, 300)
 
 
 TARGETS = {"forty-modes": forty_modes, "moons": moons}
@@ -177,8 +179,8 @@ def assess(target: Target, samples: Tensor, log_q: Tensor) -> dict[str, float]:
     """Distances to exact samples, modes found and effective sample size."""
     n = min(len(samples), len(target.samples), 1000)
     distance = torch.cdist(samples, target.modes)
-    nearest = torch.bincount(distance.argmin(1), minlength=len(target.modes))
-    shares = nearest * len(target.modes) / len(samples)
+    nearest, mode = distance.min(1)
+    shares = torch.bincount(mode[nearest <= target.radius], minlength=len(target.modes)) * len(target.modes) / len(samples)
     return {
         "W2": wasserstein_2(samples[:n], target.samples[:n]),
         "MMD^2": squared_mmd(samples[:n], target.samples[:n], float(target.samples.std()) / 4),

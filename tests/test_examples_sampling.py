@@ -44,6 +44,8 @@ def test_most_of_the_forty_modes_are_found_in_a_few_steps() -> None:
     samples, log_q, _ = boltzmann_2d.sample(boltzmann_2d.fit(target, "optimal", 150), 1000, n_steps=30)
     result = boltzmann_2d.assess(target, samples, log_q)
     assert result["modes"] > 0.85 and result["W2"] < 0.4
+    everywhere = 1.6 * (2 * torch.rand(1000, 2) - 1)
+    assert boltzmann_2d.assess(target, everywhere, torch.zeros(1000))["modes"] < 0.6, "noise finds few of them"
 
 
 def test_densities_of_flows_and_distances_are_right() -> None:
@@ -60,6 +62,7 @@ def test_densities_of_flows_and_distances_are_right() -> None:
         lambda x: -0.5 * ((x - 0.3) / 0.5).square().sum(-1),
         0.3 + 0.5 * torch.randn(500, 2),
         torch.tensor([[0.3, 0.3]]),
+        math.inf,
         2.0,
         1,
     )
