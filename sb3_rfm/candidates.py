@@ -94,9 +94,7 @@ def draw_candidates(
         return Candidates(noise, None)
     alpha, sigma = path.alpha(t)[:, None, None], path.sigma(t)[:, None, None]
     x_t = x_t[:, None]
-    source_mean, variance = (
-        moment.to(x_t) if isinstance(moment, Tensor) else moment for moment in (source.mean, source.variance)
-    )
+    source_mean, variance = source.moments(x_t)
     noise_precision = (alpha / sigma).square() / variance
     precision = (0.0 if data_scale is None else data_scale**-2) + noise_precision
     # Data of noise x_0: mean - spread * (x_0 - source_mean), in units of the source's standard deviation.

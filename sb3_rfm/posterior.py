@@ -218,8 +218,8 @@ class PosteriorMeanEstimator:
         :param generator: Source of the moves' randomness (MCMC and SMC)
         """
         average = self._average(log_prob, x_t, t, candidates, generator)
-        upper = self.source.variance.to(x_t) if isinstance(self.source.variance, Tensor) else self.source.variance
-        coefficient = self._coefficient(average, average.x_0, upper)
+        _, variance_0 = self.source.moments(x_t)
+        coefficient = self._coefficient(average, average.x_0, variance_0)
         corrected = average.x_0 + coefficient[:, None] * average.stein
         mean_0 = weighted_mean(average.weights, corrected)
         mean_1 = self.path.data_from_noise(mean_0, x_t, t)

@@ -51,6 +51,11 @@ class Source(ABC):
         point = self.sample(like.shape[-1:], like.new_empty(0, device="cpu"), torch.Generator().manual_seed(0))
         return point.to(like.device).expand_as(like)
 
+    def moments(self, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """Mean and variance, each a scalar or (D,), with dtype and device of ``like``."""
+        mean, variance = (value.to(like) if isinstance(value, Tensor) else value for value in (self.mean, self.variance))
+        return mean, variance
+
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density, (..., D) → (...)."""
