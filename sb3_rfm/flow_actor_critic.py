@@ -56,8 +56,10 @@ NOT_LEARNED = (
 class FlowActorCritic(PersistentAlgorithm):
     """Base of the flow-policy algorithms: everything but the regression target of the flow.
 
-    The arguments from ``temperature`` to ``t_min``, and ``precision``, are settled when the model is built. ``load(path,
-    temperature=0.1)`` changes them; an attribute that is set counts only once the model has been saved and loaded.
+    The arguments from ``temperature`` to ``t_min``, and ``precision``, are settled when the model is built. ``load(file,
+    temperature=0.1)`` changes them (the path: ``custom_objects={"path": ...}``); an attribute that is set counts only once the
+    model has been saved and loaded. The weights of a flow belong to its ``path``, ``source`` and ``t_min``: with others, it has
+    to learn again.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a :class:`~sb3_rfm.policies.FlowPolicy` class
     :param env: Environment with a bounded ``Box`` action space, or its registered name
@@ -67,8 +69,9 @@ class FlowActorCritic(PersistentAlgorithm):
     :param batch_size: Transitions per update
     :param tau: Rate of the target critic's moving average
     :param gamma: Discount factor
-    :param train_freq: Environment steps between updates; a number of steps, or ``(n, "step" | "episode")``
-    :param gradient_steps: Updates each time; -1 for as many as environment steps were done
+    :param train_freq: Calls of ``env.step()`` between updates, each of which steps all environments; a number, or
+        ``(n, "step" | "episode")``
+    :param gradient_steps: Updates each time; -1 for as many as transitions were collected
     :param action_noise: Noise added to the actions when exploring, besides the policy's own
     :param replay_buffer_class: Replay buffer class; chosen from the observation space by default
     :param replay_buffer_kwargs: Its keyword arguments
