@@ -44,7 +44,7 @@ def learn(factor: float, steps: int, evaluations: int, seed: int) -> list[tuple[
     :return: Steps, and mean return of ten deterministic episodes in the task's own unit
     """
     env = TransformReward(gym.make("Pendulum-v1"), lambda reward: factor * float(reward))
-    evaluation = Evaluation(steps // evaluations, seed=1000 + seed)
+    evaluation = Evaluation(max(steps // evaluations, 1), seed=1000 + seed)
     RFM("MlpPolicy", env, seed=seed, device="cpu").learn(steps, callback=evaluation)
     return evaluation.returns
 

@@ -57,9 +57,9 @@ class FlowActorCritic(PersistentAlgorithm):
     """Base of the flow-policy algorithms: everything but the regression target of the flow.
 
     The arguments from ``temperature`` to ``t_min``, and ``precision``, are settled when the model is built. ``load(file,
-    temperature=0.1)`` changes them (the path: ``custom_objects={"path": ...}``); an attribute that is set counts only once the
-    model has been saved and loaded. The weights of a flow belong to its ``path``, ``source`` and ``t_min``: with others, it has
-    to learn again.
+    temperature=0.1)`` changes them (the path: ``custom_objects={"path": ...}``); an attribute that is set counts only
+    once the model has been saved and loaded. The weights of a flow belong to its ``path``, ``source`` and ``t_min``: with
+    others, it has to learn again.
 
     :param policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a :class:`~sb3_rfm.policies.FlowPolicy` class
     :param env: Environment with a bounded ``Box`` action space, or its registered name

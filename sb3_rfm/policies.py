@@ -29,7 +29,7 @@ SelfFlowPolicy = TypeVar("SelfFlowPolicy", bound="FlowPolicy")
 class FlowPolicy(BoundedPolicy):
     """Policy of the flow actor-critics: a flow actor, a critic ensemble and its target.
 
-    ``"MlpPolicy"`` is this class. The parameters from ``path`` on are arguments of the algorithm, and not of its ``policy_kwargs``.
+    ``"MlpPolicy"`` is this class. The parameters from ``path`` on are the algorithm's own arguments, not ``policy_kwargs``.
 
     Acting draws ``n_particles`` latents from the flow and picks one with probability ∝ exp(min Q / temperature); the
     deterministic policy starts from a fixed set of noises and picks the best.

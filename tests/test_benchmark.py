@@ -1,12 +1,14 @@
 """The benchmark: its statistics, its results folder, runs that are interrupted, and what it writes."""
 
 import html
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,21 @@ def test_overrides_are_literals_for_all_algorithms_or_for_one() -> None:
         parse_overrides(["sac.use_sde=false"], ["sac"])
 
 
+def test_an_argument_of_one_algorithm_precedes_one_of_all() -> None:
+    assert parse_overrides(["rfm.tau=0.01", "tau=0.02"], ["rfm", "sac"]) == {"rfm": {"tau": 0.01}, "sac": {"tau": 0.02}}
+
+
+def test_a_misspelt_setting_is_not_described_by_what_all_algorithms_get() -> None:
+    assert parse_overrides(["tau=0.01", "rfm:cold.temperature=0.1"], ["rfm:cold"])["rfm:cold"] == {
+        "tau": 0.01,
+        "temperature": 0.1,
+    }
+    overrides = parse_overrides(["tau=0.01"], ["rfm:papr", "rfm:paper"])
+    assert overrides["rfm:paper"] == {"tau": 0.01}
+    with pytest.raises(ValueError, match="Unknown setting 'rfm:papr'"):
+        get_setting("rfm:papr", overrides["rfm:papr"])
+
+
 def test_names_are_resolved_and_refused() -> None:
     assert [task.env_id for task in get_tasks("dmc8")] == [f"dm_control/{name}-v0" for name in DMC8]
     assert get_tasks("walker-run", 7)[0].steps == 7
@@ -205,6 +222,27 @@ def test_results_are_not_lost_by_asking_for_more_steps(tmp_path: Path) -> None:
     assert RunFolder.create(tmp_path, spec(steps=200)).spec.steps == 200 and not folder.finished
 
 
+def test_a_sweep_that_is_refused_leaves_all_runs_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [RunFolder.create(tmp_path, spec(algo="sac", seed=seed)) for seed in range(2)]
+    for folder in folders:
+        folder.set_status(state="finished", step=100)
+    folders[0].checkpoint.touch()
+    with pytest.raises(SystemExit):
+        main(
+            ["run", "--suite", "Pendulum-v1", "--algos", "sac", "--seeds", "2", "--steps", "200"]
+            + ["--eval-every", "50", "--eval-episodes", "2", "--out", str(tmp_path)]
+        )
+    assert "seed-1 holds a run that was finished after 100 steps" in capsys.readouterr().err
+    assert [folder.spec.steps for folder in folders] == [100, 100]
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, spec())
+    (folder.path / "status.json").write_text("")
+    with pytest.raises(ValueError, match=r"status\.json is damaged"):
+        _ = folder.finished
+
+
 def test_more_steps_may_be_asked_for_while_a_run_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder.create(tmp_path, spec(arguments=TINY))
     write_status = Recorder.write_status
@@ -226,8 +264,7 @@ def test_more_steps_may_be_asked_for_while_a_run_is_done(tmp_path: Path, monkeyp
 
 
 def test_files_are_written_by_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes of the same number: none sees, or takes away, what another has not finished."""
-    monkeypatch.setattr(os, "getpid", lambda: 1)
+    """None sees, or takes away, what another has not finished."""
     names: set[Path] = set()
     monkeypatch.setattr(Path, "replace", lambda temporary, file: names.add(temporary))
     for _ in range(2):
@@ -424,7 +461,7 @@ def test_a_report_compares_runs_at_the_same_step(tmp_path: Path) -> None:
     add_run(tmp_path, "sac", {0: 0.0, 100: 600.0})
     add_run(tmp_path, "sac", {0: 0.0, 100: 1.0, 250: 2.0}, env_id="dm_control/fish-swim-v0")
     text = write_report(tmp_path)
-    assert "| walker-run | 450 (400, 500) | 600 |" in text and "| fish-swim |  | 2 |" in text
+    assert "| walker-run | 450 (400, 500) | 600 |" in text and "| fish-swim |  | 2.0 |" in text
     assert "evaluated at: walker-run at 100 (rfm 100 / 250, sac 100)." in text
 
 
@@ -488,6 +525,16 @@ def test_scores_of_unknown_tasks_are_between_untrained_and_best(tmp_path: Path) 
     results = Results.load(tmp_path)
     assert results.scores("rfm", ["Some-v0"])[0] == pytest.approx([1.0])
     assert results.scores("sac", ["Some-v0"])[0] == pytest.approx([0.5])
+
+
+def test_small_returns_are_told_apart(tmp_path: Path) -> None:
+    for algo, final in (("rfm", 0.42), ("sac", 0.18)):
+        for seed in range(3):
+            add_run(tmp_path, algo, {0: 3e-5, 100: final + 0.01 * seed}, seed, env_id="Some-v0")
+    page = write_report(tmp_path)
+    assert "| Some | 0.43 [0.41, 0.45], n = 3 | 0.19 [0.17, 0.21], n = 3 |" in page
+    assert "Its ends are the returns 0.00 and 0.43 in Some." in page
+    assert Results.load(tmp_path).score_range("Some-v0")[0] == pytest.approx(3e-5)
 
 
 # Evaluation and runs
@@ -667,16 +714,30 @@ def test_a_cluster_does_a_run_again_whose_worker_was_killed(tmp_path: Path) -> N
     assert [len(folder.config["starts"]) for folder in folders] == [2, 1]
 
 
-def test_wrong_arguments_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (
-        ["run", "--algos", "ppo"],
-        ["run", "--set", "nonsense"],
-        ["report", "/nonexistent"],
-        ["run", "--jobs", "0"],
-    ):
-        with pytest.raises(SystemExit):
-            main(arguments)
-        assert "error:" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "explanation"),
+    [
+        (["run", "--algos", "ppo"], "Unknown algorithm 'ppo': expected one of"),
+        (["run", "--set", "nonsense"], "--set expects argument=value"),
+        (["report", "/nonexistent"], "There are no evaluated runs in /nonexistent."),
+        (["run", "--jobs", "0"], "argument --jobs: expected a whole number from 1 on, got 0"),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments: list[str], explanation: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert explanation in capsys.readouterr().err
+
+
+def test_a_run_that_fails_on_a_cluster_says_why_in_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    monkeypatch.delitem(sys.modules, "sb3_rfm.benchmark.cluster", raising=False)
+    cluster = importlib.import_module("sb3_rfm.benchmark.cluster")
+    monkeypatch.delitem(sys.modules, "sb3_rfm.benchmark.cluster")  # the next one to ask has the real Ray
+    folder = RunFolder.create(tmp_path, spec(algo="sac", arguments={"policy_kwargs": {"bad": 1}}))
+    with pytest.raises(TypeError):
+        cluster.run(str(folder.path), [])
+    assert "unexpected keyword argument 'bad'" in (folder.path / "log.txt").read_text().splitlines()[-1]
 
 
 def test_a_cluster_without_ray_is_explained(

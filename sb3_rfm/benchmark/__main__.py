@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
         engine = RayEngine(args.threads, args.gpus, options)
     else:
         engine = LocalEngine(args.jobs, args.threads, options)
+    for spec in specs:  # a refusal leaves all of them as they are
+        RunFolder(args.out / spec.name).check(spec)
     folders = {folder.path: folder for folder in (RunFolder.create(args.out, spec) for spec in specs)}  # each run once
     return 1 if Sweep(list(folders.values()), engine).run() else 0
 

@@ -7,7 +7,7 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -185,9 +185,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--execution")
+    parser.add_argument("--sizes", type=int, nargs=4, default=astuple(Sizes()), metavar=tuple(asdict(Sizes())))
     args = parser.parse_args(argv)
     with cores(args.threads):
-        model = build(args.case, Sizes(), args.device, args.execution, **({"buffer_size": args.every} if args.every else {}))
+        arguments = {"buffer_size": args.every} if args.every else {}
+        model = build(args.case, Sizes(*args.sizes), args.device, args.execution, **arguments)
         callbacks = [StopAfter(args.steps), *([PrintMemory(args.every)] if args.every else [])]
         model.learn(LONG_RUN, callback=callbacks)
     print(peak_memory())

@@ -5,6 +5,7 @@ checkpoint. The results folder has to be on a file system that all machines shar
 """
 
 import contextlib
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ from sb3_rfm.benchmark.runner import MAX_KILLS
 def run(path: str, options: Sequence[str]) -> int:
     """Do a run in a process of Ray's; see :mod:`sb3_rfm.benchmark.worker`."""
     with (Path(path) / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        return worker.main([path, *options])
+        try:
+            return worker.main([path, *options])
+        except Exception:
+            traceback.print_exc()  # to the log, as the interpreter does it where a run has a process of its own
+            raise
 
 
 class RayEngine:
@@ -28,14 +33,15 @@ class RayEngine:
     :param threads: Cores of a run
     :param gpus: GPUs of a run, which may be a fraction
     :param options: Command-line options of :mod:`sb3_rfm.benchmark.worker`
-    :param address: Address of the cluster; by default that of ``RAY_ADDRESS``, else this machine alone
+
+    The cluster is that of ``RAY_ADDRESS``, else this machine alone.
     """
 
     jobs = 1_000_000  # all at once: Ray has the queue, and an autoscaler sees what is wanted
 
-    def __init__(self, threads: int = 1, gpus: float = 0.0, options: Sequence[str] = (), address: str | None = None) -> None:
+    def __init__(self, threads: int = 1, gpus: float = 0.0, options: Sequence[str] = ()) -> None:
         if not ray.is_initialized():
-            ray.init(address=address, log_to_driver=False)
+            ray.init(log_to_driver=False)
         self.threads = threads
         self.gpus = gpus
         self.options = list(options)

@@ -279,14 +279,17 @@ def trained_model(env_id: str, steps: int, folder: Path = Path("runs/critics")) 
     :param folder: Where it is kept
     """
     from sb3_rfm import RFM
-    from sb3_rfm.benchmark.suites import make_env
+    from sb3_rfm.benchmark.suites import get_tasks, make_env
 
+    env_id = get_tasks(env_id)[0].env_id
     file = folder / f"{env_id.split('/')[-1]}-{steps}"
     if not file.with_suffix(".zip").exists():
         trained = RFM("MlpPolicy", make_env(env_id), buffer_size=steps, temperature="auto_0.2", seed=0, device="cpu")
         trained.learn(steps)
         trained.save_replay_buffer(file.with_suffix(".pkl"))
-        trained.save(file.with_suffix(".zip"))
+        unfinished = file.with_suffix(".unfinished.zip")
+        trained.save(unfinished)
+        unfinished.replace(file.with_suffix(".zip"))
     model: Any = RFM.load(file.with_suffix(".zip"), device="cpu")
     model.load_replay_buffer(file.with_suffix(".pkl"))
     model.env_name = f"{env_id.split('/')[-1]}, {steps:,} steps"

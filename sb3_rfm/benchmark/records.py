@@ -81,7 +81,10 @@ class Evaluation:
 def write_atomic(file: Path, text: str) -> None:
     """Replace ``file`` by one with the content ``text``; nobody ever sees a part of it."""
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # process numbers are not unique across machines
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())  # a machine that crashes may otherwise keep the new name without the content
     temporary.replace(file)
 
 
@@ -91,11 +94,16 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Content of a JSON file; empty if there is none."""
+    """Content of a JSON file; empty if there is none.
+
+    :raises ValueError: if it is damaged
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}.") from error
 
 
 class RunFolder:
@@ -117,25 +125,35 @@ class RunFolder:
             cannot go on, because its checkpoint was not kept
         """
         folder = cls(root / spec.name)
+        asked = folder.check(spec)
         config = folder.config
+        if asked != config.get("run"):
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_json(folder.path / "config.json", config | {"run": asked})
+        return folder
+
+    def check(self, spec: RunSpec) -> dict[str, Any]:
+        """What the folder is asked for when the run is wanted; nothing is written.
+
+        :raises ValueError: see :meth:`create`
+        """
         wanted = json.loads(json.dumps(asdict(spec), default=repr))
-        run = config.get("run", wanted)
-        steps = max(run["steps"], wanted["steps"])
+        run = self.config.get("run")
+        if run is None:
+            return wanted
         there = {key: value for key, value in run.items() if value != wanted[key] and key != "steps"}
         if there:
             raise ValueError(
-                f"{folder.path} holds a run with {there} instead of { {key: wanted[key] for key in there} }. "
+                f"{self.path} holds a run with {there} instead of { {key: wanted[key] for key in there} }. "
                 "Choose another results folder, or another name for the setting (algo:name)."
             )
-        if config and steps > run["steps"] and folder.finished and not folder.checkpoint.exists():
+        steps = max(run["steps"], wanted["steps"])
+        if steps > run["steps"] and self.finished and not self.checkpoint.exists():
             raise ValueError(
-                f"{folder.path} holds a run that was finished after {run['steps']:,} steps, and cannot go on to {steps:,}: "
+                f"{self.path} holds a run that was finished after {run['steps']:,} steps, and cannot go on to {steps:,}: "
                 "its checkpoint was not kept (--keep-checkpoints). Choose another results folder."
             )
-        if not config or steps > run["steps"]:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            write_json(folder.path / "config.json", config | {"run": run | {"steps": steps}})
-        return folder
+        return run | {"steps": steps}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -175,7 +193,8 @@ class RunFolder:
 
     def describe(self, **what: Any) -> None:
         """Add to the configuration what the run is done with."""
-        config, made_with = self.config, provenance()
+        made_with = provenance()  # takes a while, in which the run may be asked for more steps
+        config = self.config
         started = {"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": made_with["commit"]}
         write_json(self.path / "config.json", config | what | made_with | {"starts": [*config.get("starts", []), started]})
 
@@ -197,7 +216,7 @@ class RunFolder:
         header = ["step", "wall_clock", "training_seconds", "mean", *(f"return_{i + 1}" for i in range(n_episodes))]
         lines = [",".join(header)]
         for e in evaluations:
-            numbers = [f"{e.wall_clock:.1f}", f"{e.training_seconds:.1f}", f"{e.mean:.4f}", *(f"{r:.4f}" for r in e.returns)]
+            numbers = [f"{e.wall_clock:.1f}", f"{e.training_seconds:.1f}", f"{e.mean:.9g}", *(f"{r:.9g}" for r in e.returns)]
             lines.append(",".join([str(e.step), *numbers]))
         write_atomic(self.path / "evaluations.csv", "\n".join(lines) + "\n")
 

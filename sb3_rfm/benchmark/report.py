@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import resources
@@ -52,7 +53,11 @@ def final_table(results: Results) -> pd.DataFrame:
 
 def pivot(results: Results) -> pd.DataFrame:
     """Final returns as text, see :data:`CELLS`: tasks down, algorithms across, and the interquartile means last."""
-    rows = {short(task): {algo: returns_text(results.final(task, algo)) for algo in results.algos} for task in results.tasks}
+    rows = {}
+    for task in results.tasks:
+        finals = {algo: results.final(task, algo) for algo in results.algos}
+        digits = decimals(np.concatenate(list(finals.values())))
+        rows[short(task)] = {algo: returns_text(final, digits) for algo, final in finals.items()}
     for algos, tasks in results.comparisons():
         rows[f"interquartile mean of scores, {figures.count(len(tasks), 'task')}"] = {
             algo: text(statistics.interquartile_mean(results.scores(algo, tasks)), 3) for algo in algos
@@ -68,18 +73,25 @@ CELLS = (
 """What is in the table of final returns."""
 
 
-def returns_text(final: np.ndarray) -> str:
-    """The final returns of an algorithm in a task, (N,), as text."""
+def decimals(returns: np.ndarray) -> int:
+    """Decimals that tell returns apart, (N,): none where the largest has two digits or more, one for 1 to 9, then more."""
+    largest = np.abs(returns[np.isfinite(returns)]).max(initial=0.0)
+    return max(0, 1 - math.floor(math.log10(largest))) if largest > 0 else 0
+
+
+def returns_text(final: np.ndarray, digits: int) -> str:
+    """The final returns of an algorithm in a task, (N,), as text with so many decimals."""
     kept = final[np.isfinite(final)]
     if not len(kept):
         return "diverged" if len(final) else ""
     if len(kept) < figures.FEWEST_FOR_BAND:  # an interval would be wider than all returns there can be
-        return f"{kept.mean():.0f}" + (f" ({', '.join(map(return_text, final))})" if len(final) > 1 else "")
+        each = f" ({', '.join(return_text(value, digits) for value in final)})" if len(final) > 1 else ""
+        return return_text(kept.mean(), digits) + each
     diverged = f", {len(final) - len(kept)} diverged" if len(kept) < len(final) else ""
-    return f"{text(statistics.mean(kept), 0)}, n = {len(kept)}{diverged}"
+    return f"{text(statistics.mean(kept), digits)}, n = {len(kept)}{diverged}"
 
 
-def return_text(value: float, digits: int = 0) -> str:
+def return_text(value: float, digits: int) -> str:
     """The return of a run as text."""
     return f"{value:.{digits}f}" if np.isfinite(value) else "diverged"
 
@@ -124,7 +136,10 @@ def score_ranges(results: Results) -> str:
     tasks: dict[tuple[float, float], list[str]] = {}
     for task in results.scored_tasks:
         tasks.setdefault(results.score_range(task), []).append(short(task))
-    ranges = [f"{low:,.0f} and {high:,.0f} in {listed(names)}" for (low, high), names in tasks.items()]
+    ranges = []
+    for ends, names in tasks.items():
+        low, high = (f"{end:,.{decimals(np.array(ends))}f}" for end in ends)
+        ranges.append(f"{low} and {high} in {listed(names)}")
     return f"A score is a return scaled to [0, 1]. Its ends are the returns {'; '.join(ranges)}." if ranges else ""
 
 
@@ -274,7 +289,7 @@ def render(
     seeds = runs.assign(
         task=runs["env_id"].map(short),
         hours=(runs["wall_clock"] / 3600).map("{:.2f}".format),
-        final_return=runs["final_return"].map(lambda value: return_text(value, 1)),
+        final_return=runs["final_return"].map(lambda value: return_text(value, max(1, decimals(np.array([value]))))),
         commit=runs["commit"].fillna("").str.replace(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", regex=True),
     )[["task", "algo", "seed", "steps", "final_return", "hours", "commit"]]
     seeds.index += 1

@@ -65,7 +65,7 @@ class Results:
                     "wall_clock": e.wall_clock,
                     "training_seconds": e.training_seconds,
                 }
-                | {"returns": " ".join(f"{value:.2f}" for value in e.returns)}
+                | {"returns": " ".join(f"{value:.6g}" for value in e.returns)}
                 for e in folder.read_evaluations()
             ]
             evaluations += rows

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,7 @@ def peak_memory(case: str, conditions: Conditions) -> float:
     command = [sys.executable, "-m", "sb3_rfm.benchmark.cases", case, "--steps", str(conditions.memory_steps)]
     command += ["--threads", str(conditions.threads), "--device", conditions.device]
     command += ["--execution", conditions.execution] if conditions.execution else []
+    command += ["--sizes", *map(str, astuple(conditions.sizes))]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 

@@ -197,26 +197,28 @@ def short(env_id: str) -> str:
 def parse_overrides(items: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Arguments given on the command line, for each label.
 
-    :param items: ``argument=value`` for all algorithms or ``label.argument=value`` for one; values are Python literals, and
-        strings where they are not
+    :param items: ``argument=value`` for all algorithms or ``label.argument=value`` for one, which takes precedence; values are
+        Python literals, and strings where they are not
     :param labels: Labels of the algorithms
+    :return: Nothing for a label of an unknown setting that no item describes: see :func:`get_setting`
     :raises ValueError: for an item that is not understood
     """
-    result: dict[str, dict[str, Any]] = {label: {} for label in labels}
+    common: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {label: {} for label in labels}
     for item in items:
         key, separator, text = item.partition("=")
         target, _, argument = key.rpartition(".")
-        if not separator or not argument.isidentifier() or (target and target not in result):
-            raise ValueError(f"--set expects argument=value or algo.argument=value with one of {list(result)}, got {item!r}.")
+        if not separator or not argument.isidentifier() or (target and target not in own):
+            raise ValueError(f"--set expects argument=value or algo.argument=value with one of {list(own)}, got {item!r}.")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             if text.lower() in ("true", "false", "none"):
                 raise ValueError(f"--set takes Python's literals: {text.capitalize()} instead of {text!r}.") from None
             value = text
-        for label in [target] if target else list(result):
-            result[label][argument] = value
-    return result
+        (own[target] if target else common)[argument] = value
+    known = {label for label in own if ":" not in label or label in SETTINGS or own[label]}
+    return {label: common | own[label] if label in known else {} for label in own}
 
 
 def register_control_suite(env_id: str) -> None:

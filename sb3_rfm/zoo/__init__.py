@@ -16,8 +16,9 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER, convert_offpolicy_params, sample_sac_params
 
 from sb3_rfm import DQS, QNE, QSM, RFM
+from sb3_rfm.flow_actor_critic import FlowActorCritic
 
-ALGORITHMS = {"rfm": RFM, "qne": QNE, "dqs": DQS, "qsm": QSM}
+ALGORITHMS: dict[str, type[FlowActorCritic]] = {"rfm": RFM, "qne": QNE, "dqs": DQS, "qsm": QSM}
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 """Folder with one file of hyperparameters for each algorithm."""
@@ -25,17 +26,35 @@ HYPERPARAMS = Path(__file__).parent / "hyperparams"
 _read_hyperparameters = ExperimentManager.read_hyperparameters
 
 
-def register() -> None:
+def register(trusted: bool = False) -> None:
     """Make the algorithms known to RL Zoo, for this process.
 
     Their hyperparameters are those of :data:`HYPERPARAMS`, unless the zoo has a file of that name or ``--conf-file`` gives
     another.
+
+    :param trusted: Whether models and replay buffers are loaded as SB3 does it, running whatever code they contain: needed
+        for those with classes of your own
     """
-    ALGOS.update(ALGORITHMS)
+    ALGOS.update({name: _trusting(algorithm) if trusted else algorithm for name, algorithm in ALGORITHMS.items()})
     HYPERPARAMS_SAMPLER.update(dict.fromkeys(ALGORITHMS, sample_candidate_params), qsm=sample_qsm_params)
     # The parameters of the flow have the names of the arguments: only SAC's need converting.
     HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_offpolicy_params))
     ExperimentManager.read_hyperparameters = _read_hyperparameters_of_package  # type: ignore[method-assign]
+
+
+def _trusting(algorithm: type[FlowActorCritic]) -> type[FlowActorCritic]:
+    """The algorithm, whose files are trusted."""
+
+    class Trusting(algorithm):  # type: ignore[valid-type, misc]
+        @classmethod
+        def load(cls, *args: Any, **kwargs: Any) -> Any:
+            return super().load(*args, trusted=True, **kwargs)
+
+        def load_replay_buffer(self, *args: Any, **kwargs: Any) -> None:
+            super().load_replay_buffer(*args, trusted=True, **kwargs)
+
+    Trusting.__name__ = algorithm.__name__
+    return Trusting
 
 
 def sample_flow_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
