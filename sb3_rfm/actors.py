@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
-from sb3_rfm.arguments import check_observation
+from sb3_rfm.arguments import check_integer, check_observation
 from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
 from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentModel
@@ -120,7 +120,7 @@ class FlowActor(BoundedPolicy):
     :param normalize_images: Whether to divide images by 255
     :param path: Probability path of the flow
     :param source: Where the flow starts
-    :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"``
+    :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
     :param integration_steps: Steps from noise to action, one evaluation of the network each; Langevin dynamics take one more
     :param t_min: First time for which the flow is trained
     """
@@ -166,6 +166,7 @@ class FlowActor(BoundedPolicy):
         self, path: str | Path, source: str | Source | Distribution, sampler: str, integration_steps: int, t_min: float
     ) -> None:
         """Choose how latents are drawn from the flow; see the class for the parameters."""
+        check_integer("integration_steps", integration_steps, 1)
         self.path, self.sampler, self.integration_steps, self.t_min = path, sampler, integration_steps, t_min
         self.source = source
         # A copy: compilers leave marks on tensors.
@@ -227,10 +228,12 @@ class FlowActor(BoundedPolicy):
         path = self.probability_path
         x = path.sigma(times[0]) * noise
         if self.sampler == "langevin" and not deterministic:
-            # At the last noise level before the data, where the path's density is nearly the target's own.
+            # A corrector after the predictor (arXiv 2011.13456, section 4.2), at the last noise level before the data, where
+            # the path's density is nearly the target's own.
             t = times[-2]
             alpha, sigma = path.alpha(t), path.sigma(t)
-            x = langevin(lambda u: (alpha * data_prediction(u, t) - u) / sigma**2, x, 0.5 * sigma**2, self.integration_steps)
+            x = denoise(data_prediction, x, times[:-1], path)
+            x = langevin(lambda u: (alpha * data_prediction(u, t) - u) / sigma**2, x, 0.5 * sigma**2, n_steps=1)
             return data_prediction(x, t)
         noise_scale = 1.0 if self.sampler == "sde" and not deterministic else 0.0
         return denoise(data_prediction, x, times, path, noise_scale)

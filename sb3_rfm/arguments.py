@@ -44,7 +44,7 @@ def check_algorithm(model: OffPolicyAlgorithm, policy_type: type[BasePolicy]) ->
 
     :param model: The algorithm, before its networks are built
     :param policy_type: What its policy must be a subclass of
-    :raises ValueError: for anything that would fail later, or silently do nothing
+    :raises ValueError: for what SB3 would accept, and fail on later
     """
     if not (isinstance(model.policy_class, type) and issubclass(model.policy_class, policy_type)):
         raise ValueError(f"{_expected_policy(model, policy_type)}, got {model.policy_class!r}.")
@@ -102,6 +102,8 @@ def check_networks(
     :raises ValueError: for anything of which none can be made
     """
     for widths in net_arch.values() if isinstance(net_arch, dict) else [net_arch]:
+        if not isinstance(widths, (list, tuple)):
+            raise ValueError(f"net_arch must be a list of widths, or dict(pi=[...], qf=[...]), got {net_arch!r}.")
         for width in widths:
             check_integer("Each width in net_arch", width, 1)
     for name, value, example in (

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFrequencyUnit
@@ -85,7 +85,7 @@ class FlowActorCritic(PersistentAlgorithm):
     :param path: ``"cond_ot"``, ``"cosine"``, ``"linear_vp"``, ``"ve"`` or a :class:`~sb3_rfm.paths.Path`
     :param source: Where the flow starts: ``"gaussian"``, a ``torch.distributions`` distribution on R^D or a
         :class:`~sb3_rfm.sources.Source`; another than the Gaussian goes with ``sampler="ode"`` alone
-    :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"`` dynamics at the last noise level
+    :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
     :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
     :param proposal: Where the ``x_t`` of the regression come from: ``"replay"`` → noised replayed actions, ``"policy"`` →
         noised actions of the current policy at replayed states
@@ -212,6 +212,8 @@ class FlowActorCritic(PersistentAlgorithm):
         self._check_arguments()
         if self.replay_buffer_class is None and self.n_steps == 1 and scalar_keys(self.observation_space):
             self.replay_buffer_class = DictBuffer
+        if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1:
+            self.replay_buffer_class = None  # SB3 chose it, and chooses it again with the n_steps and gamma of now
         super()._setup_model()
         self.policy.configure_sampling(
             self.path, self.source, self.sampler, self.integration_steps, self.n_particles, self.t_min
@@ -222,6 +224,15 @@ class FlowActorCritic(PersistentAlgorithm):
         self.critic = self.policy.critic
         self.critic_target = self.policy.critic_target
         self._n_updates_at_setup = self._n_updates
+        self._make_learner = partial(
+            Learner,
+            self.policy,
+            self._posterior_mean,
+            self.proposal,
+            self.n_target_particles,
+            self._temperature_share,
+            resolve_precision(self.precision, self.device),
+        )
         self._prepare_functions(Executor(resolve_mode(self.execution, self.device, n_updates=0), self._inform, self.device))
 
     def _fix_temperature(self) -> None:
@@ -236,15 +247,7 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _prepare_functions(self, executor: Executor) -> None:
         """Have the functions that take the time run by ``executor``."""
-        self._learner = Learner(
-            self.policy,
-            self._posterior_mean,
-            proposal=self.proposal,
-            n_target_particles=self.n_target_particles,
-            temperature_share=self._temperature_share,
-            reduced=resolve_precision(self.precision, self.device),
-            executor=executor,
-        )
+        self._learner = self._make_learner(executor)
         self.policy.run_act = executor.record(executor.prepare(self.policy.act, self.policy), self.policy)
 
     def _inform(self, text: str) -> None:
@@ -267,7 +270,7 @@ class FlowActorCritic(PersistentAlgorithm):
         return total_timesteps, callback
 
     def _expected_updates(self, total_timesteps: int) -> int:
-        """Updates that ``total_timesteps`` environment steps will bring; at most, where they come once an episode."""
+        """Updates that ``total_timesteps`` environment steps will bring; a guess, where they come once an episode."""
         steps = max(total_timesteps - self.num_timesteps, 0)
         if self.gradient_steps < 0 or self.train_freq.unit == TrainFrequencyUnit.EPISODE:  # type: ignore[union-attr]
             return steps
@@ -392,7 +395,7 @@ class FlowActorCritic(PersistentAlgorithm):
         return settled
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["actor", "critic", "critic_target", "_learner", "_metrics", "_n_updates_at_setup"]
+        own = ["actor", "critic", "critic_target", "_learner", "_make_learner", "_metrics", "_n_updates_at_setup"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -39,9 +39,9 @@ def train_extractors(optimizers: Iterable[torch.optim.Optimizer], features: list
     :param features: :func:`trained` features
     :param gradients: Their gradients
     """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)  # also where an extractor is no longer trained
     if features:
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(features, gradients)
 
 

@@ -114,17 +114,18 @@ class Learner:
         with th.no_grad():
             next_actor_features = self.actor.features(batch.next_observations)
             next_critic_features = self.critic_target.features(batch.next_observations)
+        actions = batch.actions.float()  # a box may have another precision
         rewards, discounts = batch.rewards.flatten(), ((1 - batch.dones) * discounts).flatten()
         critic_gradients = partial(
             self._run_critic_gradients,
             critic_features,
-            batch.actions,
+            actions,
             next_actor_features,
             next_critic_features,
             rewards,
             discounts,
         )
-        actor_gradients = partial(self._run_actor_gradients, actor_features, critic_features.detach(), batch.actions)
+        actor_gradients = partial(self._run_actor_gradients, actor_features, critic_features.detach(), actions)
         critic_result, actor_result = self.executor.parallel(critic_gradients, actor_gradients)
         train_extractors(
             self.optimizers(), trained(actor_features, critic_features), actor_result.features + critic_result.features

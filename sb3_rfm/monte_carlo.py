@@ -16,6 +16,7 @@ Sources: Li, Tang & Azizan (arXiv 2601.08136), section 4; Mira, Solgi & Imparato
 Neal, MCMC using Hamiltonian dynamics (arXiv 1206.1901); Del Moral, Doucet & Jasra, Sequential Monte Carlo samplers (2006).
 """
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -247,6 +248,6 @@ def _first_step(x_0: Tensor) -> Tensor:
     return x_0.new_full((x_0.shape[0],), 0.5 * x_0.shape[-1] ** -0.25)
 
 
-def _check_at_least(value: int, least: int, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _check_at_least(value: object, least: int, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")

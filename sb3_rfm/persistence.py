@@ -91,6 +91,8 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
             theirs, ours = getattr(buffer, name), getattr(self, name)
             if theirs != ours:
                 raise ValueError(f"The replay buffer has the {name} {theirs}, the model {ours}.")
+        if buffer.n_envs != self.n_envs:
+            raise ValueError(f"The replay buffer was filled by {buffer.n_envs} environments, the model has {self.n_envs}.")
         if isinstance(buffer, HerReplayBuffer):
             if self.env is None:
                 raise ValueError("A HerReplayBuffer needs the environment: pass env=... when loading the model.")
@@ -150,11 +152,11 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
                 trusted=trusted,
                 **{name: value for name, value in description["arguments"].items() if name not in (custom_objects or {})},
             )
-        model._set_replay_buffer(buffer, truncate_last_traj=False)
         vec_env = model.get_env()
         assert vec_env is not None
         if vec_env.num_envs != description["n_envs"]:
             raise ValueError(f"The run had {description['n_envs']} environments, env has {vec_env.num_envs}.")
+        model._set_replay_buffer(buffer, truncate_last_traj=False)
         checkpoint.restore_env(vec_env, state)
         checkpoint.set_random_state(model, state["random"])
         return model
@@ -164,9 +166,10 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         return {}
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
-        noise = copy.deepcopy(self.action_noise)
+        in_episode, noise = self._last_obs is not None, copy.deepcopy(self.action_noise)
         result = super()._setup_learn(total_timesteps, *args, **kwargs)
-        if self.num_timesteps > 0 and type(noise) is type(self.action_noise):  # it may have been made for more environments
+        kept = type(noise) is type(self.action_noise)  # it may have been made for more environments
+        if in_episode and kept and self.num_timesteps > 0:
             # Where the run goes on in the middle of an episode, so does the noise, which SB3 has just reset.
             self.action_noise = noise
         return result

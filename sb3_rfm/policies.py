@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sb3_rfm.actors import BoundedPolicy, FlowActor, squash
-from sb3_rfm.arguments import check_networks
+from sb3_rfm.arguments import check_integer, check_networks
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictExtractor
 from sb3_rfm.paths import Path
@@ -50,7 +50,7 @@ class FlowPolicy(BoundedPolicy):
     :param path: Probability path of the flow
     :param source: Where the flow starts: ``"gaussian"``, a ``torch.distributions`` distribution or a
         :class:`~sb3_rfm.sources.Source`
-    :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"``
+    :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
     :param integration_steps: Steps from noise to action
     :param n_particles: Particles to choose among when acting
     :param t_min: First time for which the flow is trained
@@ -123,7 +123,11 @@ class FlowPolicy(BoundedPolicy):
         self.set_particles(n_particles)
 
     def set_particles(self, n_particles: int) -> None:
-        """Choose among ``n_particles`` when acting."""
+        """Choose among ``n_particles`` when acting, until the model is loaded; ``load(file, n_particles=...)`` is for good.
+
+        :raises ValueError: for anything but a positive integer
+        """
+        check_integer("n_particles", n_particles, 1)
         self.n_particles = n_particles
         # The deterministic policy is a function of observation and weights alone: its noise never changes.
         shape, source = (n_particles, get_action_dim(self.action_space)), get_source(self.actor.source)
@@ -173,7 +177,8 @@ class FlowPolicy(BoundedPolicy):
 
     def train(self: SelfFlowPolicy, mode: bool = True) -> SelfFlowPolicy:
         """Put actor and critic in training or evaluation mode; the target critic stays in evaluation mode."""
-        if mode != self.training:  # asked for before every action and every update, and walking the modules is not free
+        # Asked for before every action and every update, and walking the modules is not free.
+        if not self.training == self.actor.training == self.critic.training == mode:
             self.actor.train(mode)
             self.critic.train(mode)
             self.training = mode

@@ -57,6 +57,8 @@ class Recorded(Generic[T]):
 
     def __call__(self, *args: Any) -> T:
         leaves, structure = pytree.tree_flatten(args)
+        if any(leaf.device.type != self.device.type for leaf in leaves if isinstance(leaf, Tensor)):
+            return self.procedure(*args)  # the module was moved elsewhere, where nothing can be recorded
         key = (structure, *((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in leaves))
         state = self._read_state()
         if state != self.state:

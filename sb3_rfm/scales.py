@@ -16,6 +16,7 @@ from sb3_rfm.policies import FlowPolicy
 @th.no_grad()
 def update_reward_scale(policy: FlowPolicy, rewards: Tensor, scale_temperature: bool) -> None:
     """Keep the critics' unit at the mean size of a reward: values are of order 1 / (1 - gamma) in it, in any currency.
+    With ``n_steps > 1``, what a transition brings is the n-step return, and the unit the mean size of that.
 
     Batches without any reward do not count: where rewards are sparse, the unit would shrink towards zero.
 

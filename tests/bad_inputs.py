@@ -180,6 +180,7 @@ ARGUMENTS = [
     network("net_arhc", TypeError, net_arhc=[8]),
     network("net_arch", net_arch=[0]),
     network("net_arch", net_arch=["wide"]),
+    network("net_arch", net_arch=16),
     network("qf", AssertionError, net_arch={"pi": [8]}),
     network("n_critics", n_critics=0),
     network("layer_norm", layer_norm="yes"),

@@ -273,9 +273,10 @@ def test_the_target_critic_follows_replaced_parameters() -> None:
 
 
 @pytest.mark.parametrize("path", ["cond_ot", "cosine"])
-@pytest.mark.parametrize("sampler", ["ode", "sde"])
+@pytest.mark.parametrize("sampler", ["ode", "sde", "langevin"])
 def test_sampling_starts_from_noise_whatever_the_first_training_time(sampler: str, path: str) -> None:
-    """With the exact prediction for a Gaussian target, its mean; a start at ``t_min`` without the target's share has less."""
+    """With the exact prediction for a Gaussian target, its mean and spread; a start at ``t_min`` without the target's share
+    has a smaller mean."""
     actor = RFM("MlpPolicy", "Pendulum-v1", path=path, sampler=sampler, t_min=0.1, integration_steps=100).policy.actor
     mean, variance, asked = 2.0, 0.25, []
 
@@ -289,6 +290,7 @@ def test_sampling_starts_from_noise_whatever_the_first_training_time(sampler: st
     latents = actor.sample_latents(th.zeros(1, 3), th.randn(1, 20_000, 1))
     assert min(asked) == pytest.approx(0.1)
     assert latents.mean().item() == pytest.approx(mean, abs=0.02)
+    assert latents.std().item() == pytest.approx(variance**0.5, abs=0.02)
 
 
 # Source

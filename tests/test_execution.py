@@ -431,3 +431,11 @@ def tensors_of(model: FlowActorCritic) -> list[torch.Tensor]:
     optimizers = (model.actor.optimizer, model.critic.optimizer)
     states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
     return [*model.policy.parameters(), *model.policy.buffers(), *states]
+
+
+def test_a_model_that_was_moved_to_the_cpu_is_not_recorded() -> None:
+    layer, calls = nn.Linear(2, 2), 10
+    recorded = recording.Recorded(layer.forward, layer, tuple, torch.device("cuda"))
+    for i in range(calls):
+        x = torch.full((1, 2), float(i))
+        torch.testing.assert_close(recorded(x), layer(x))

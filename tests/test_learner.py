@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
+import gymnasium as gym
 import pytest
 import torch as th
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from tiny import TINY
 from torch import Tensor
 
@@ -12,6 +14,17 @@ from sb3_rfm import RFM
 from sb3_rfm.actors import boltzmann_log_prob, squash, unsquash
 from sb3_rfm.critics import QCritic
 from sb3_rfm.scales import update_reward_scale
+
+
+class LinearExtractor(FlattenExtractor):
+    """Features that can be trained."""
+
+    def __init__(self, observation_space: gym.Space) -> None:
+        super().__init__(observation_space)
+        self.linear = th.nn.Linear(self.features_dim, self.features_dim)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return self.linear(super().forward(observations))
 
 
 def make(**kwargs: Any) -> RFM:
@@ -113,6 +126,26 @@ def test_frozen_layers_are_not_trained() -> None:
     for parameter, value in zip(frozen, before, strict=True):
         th.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
     assert not th.equal(model.actor.network.output_layer.weight, last)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_frozen_extractors_are_not_trained(share: bool) -> None:
+    kwargs = {"features_extractor_class": LinearExtractor, "share_features_extractor": share}
+    model = make(policy_kwargs=TINY["policy_kwargs"] | kwargs).learn(20)
+    frozen = [*model.actor.features_extractor.parameters(), *model.critic.features_extractor.parameters()]
+    before = [parameter.detach().clone() for parameter in frozen]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    model.train(3, 16)
+    for parameter, value in zip(frozen, before, strict=True):
+        th.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
+
+
+def test_what_is_settled_stays_when_updates_are_run_another_way() -> None:
+    model = make()
+    model.proposal, model.n_target_particles = "policy", 32
+    model._prepare_functions(model._learner.executor)
+    assert (model._learner.proposal, model._learner.n_target_particles) == ("replay", TINY.get("n_target_particles", 1))
 
 
 def test_metrics_outlive_another_way_of_running_updates(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
@@ -510,6 +511,30 @@ def test_action_noise_is_made_for_more_environments(tmp_path: Path) -> None:
     RFM("MlpPolicy", "Pendulum-v1", **TINY, action_noise=noise).learn(20).save(tmp_path / "m")
     env = DummyVecEnv([lambda: gym.make("Pendulum-v1", max_episode_steps=5)] * 3)
     RFM.load(tmp_path / "m", env=env).learn(40, reset_num_timesteps=False)
+
+
+def test_action_noise_begins_anew_where_the_episode_does() -> None:
+    noise = OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1))
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY, action_noise=noise).learn(20)
+    assert model.action_noise.noise_prev != 0
+    model.set_env(gym.make("Pendulum-v1"))
+    model.learn(0, reset_num_timesteps=False)
+    assert model.action_noise.noise_prev == 0
+
+
+def test_n_step_returns_follow_the_discount_of_now(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    RFM("MlpPolicy", "Pendulum-v1", **TINY, n_steps=3).save(tmp_path / "m")
+    buffer = RFM.load(tmp_path / "m", gamma=0.5).replay_buffer
+    assert (type(buffer), buffer.n_steps, buffer.gamma) == (NStepReplayBuffer, 3, 0.5)
+    assert not [warning for warning in recwarn if "n_steps" in str(warning.message)]
+
+
+def test_replay_buffer_of_other_environments_is_refused(tmp_path: Path) -> None:
+    env = DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2)
+    RFM("MlpPolicy", env, **TINY).learn(20).save_replay_buffer(tmp_path / "buffer")
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY)
+    with pytest.raises(ValueError, match="filled by 2 environments, the model has 1"):
+        model.load_replay_buffer(tmp_path / "buffer")
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:

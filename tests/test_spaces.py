@@ -50,10 +50,11 @@ ACTION = spaces.Box(-1, 1, (2,))
         spaces.Box(-FLOAT32_MAX, FLOAT32_MAX, (2,)),
         spaces.Box(-0.1, 0.7, (2,), np.float64),
         spaces.Box(-1e300, 1.7e308, (1,), np.float64),
+        spaces.Box(-0.1, 0.7, (2,), np.float16),
         spaces.Box(0.1, 0.3, (2, 3)),
         spaces.Box(np.array([0.0, 2.0], np.float32), np.array([1.0, 2.0], np.float32)),
     ],
-    ids=["asymmetric", "tiny", "huge", "largest", "float64", "largest float64", "two-dimensional", "degenerate"],
+    ids=["asymmetric", "tiny", "huge", "largest", "float64", "largest float64", "float16", "two-dimensional", "degenerate"],
 )
 def test_actions_lie_in_their_box(box: spaces.Box) -> None:
     model = RFM("MlpPolicy", RandomEnv(VECTOR, box), **SMALL)
