@@ -212,8 +212,9 @@ class FlowActorCritic(PersistentAlgorithm):
         self._check_arguments()
         if self.replay_buffer_class is None and self.n_steps == 1 and scalar_keys(self.observation_space):
             self.replay_buffer_class = DictBuffer
-        if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1:
-            self.replay_buffer_class = None  # SB3 chose it, and chooses it again with the n_steps and gamma of now
+        if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1 and "gamma" in self.replay_buffer_kwargs:
+            # Of a saved model: SB3 chose it, and chooses it again with the n_steps and gamma of now.
+            self.replay_buffer_class = None
         super()._setup_model()
         self.policy.configure_sampling(
             self.path, self.source, self.sampler, self.integration_steps, self.n_particles, self.t_min
