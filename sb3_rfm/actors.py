@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
-from sb3_rfm.arguments import check_integer, check_observation
+from sb3_rfm.arguments import check_observation
+from sb3_rfm.checks import check_integer
 from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
 from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentModel

@@ -1,10 +1,8 @@
 """Checks of what users pass: each error says what was wrong and what was expected."""
 
-import math
-import numbers
 import re
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -14,23 +12,13 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
+from sb3_rfm.checks import check_integer, is_number
 from sb3_rfm.dict_observations import scalar_keys
 
 AUTO_TEMPERATURE = 0.05
 """``temperature="auto"`` is ``"auto_0.05"``."""
 
 OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict)
-
-
-def check_integer(name: str, value: object, least: int) -> None:
-    """Check that an argument is an integer ``>= least``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether something is a finite real number."""
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_share(name: str, value: object) -> None:

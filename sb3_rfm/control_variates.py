@@ -16,8 +16,13 @@ Sources: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), section 4;
 Stein, The jackknife estimate of variance (1981).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+Coefficient = str | float | Sequence[float]
+"""``"optimal"``, ``"scalar"``, ``"diagonal"``, a number, or one number for each dimension."""
 
 
 def weighted_mean(weights: Tensor, values: Tensor) -> Tensor:
@@ -29,6 +34,57 @@ def variance_of_mean(weights: Tensor, values: Tensor) -> Tensor:
     """Delta-method variance of a self-normalised mean, summed over dimensions: (B, K), (B, K, D) → (B,); Owen, eq. 9.10."""
     deviation = _deviation(weights, _from_heaviest(weights, values))
     return (weights.unsqueeze(-1) * deviation).square().sum((1, 2))
+
+
+def check_coefficient(coefficient: Coefficient) -> str | float | tuple[float, ...]:
+    """Normalise and validate a control-variate coefficient.
+
+    :raises ValueError: unless it is ``"optimal"``, ``"scalar"``, ``"diagonal"``, a finite number or a sequence of such
+    """
+    if isinstance(coefficient, str):
+        if coefficient not in ("optimal", "scalar", "diagonal"):
+            raise ValueError(
+                f"Unknown coefficient {coefficient!r}: expected 'optimal', 'scalar', 'diagonal', a number or a sequence."
+            )
+        return coefficient
+    try:
+        value = torch.as_tensor(coefficient, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"coefficient must be 'optimal', a number or one number per dimension, got {coefficient!r}."
+        ) from error
+    if value.dim() > 1 or value.numel() == 0 or not bool(torch.isfinite(value).all()):
+        raise ValueError(f"coefficient must be 'optimal', a finite number or one per dimension, got {coefficient!r}.")
+    return float(value) if value.dim() == 0 else tuple(value.tolist())
+
+
+def fit(
+    coefficient: str | float | tuple[float, ...],
+    weights: Tensor,
+    values: Tensor,
+    stein: Tensor,
+    valid: Tensor,
+    upper: float | Tensor = 1.0,
+) -> Tensor:
+    """The coefficient that was asked for.
+
+    :param coefficient: Result of :func:`check_coefficient`
+    :param weights: Normalised weights, (B, K)
+    :param values: ``f``, (B, K, D)
+    :param stein: ``s``, (B, K, D), with mean zero under the target
+    :param valid: See :func:`fit_robust`
+    :param upper: See :func:`fit_robust`
+    :return: ``c``, (B, D)
+    """
+    if isinstance(coefficient, float):
+        return torch.full_like(values[:, 0], coefficient)
+    if isinstance(coefficient, tuple):
+        return torch.tensor(coefficient, dtype=values.dtype, device=values.device).expand_as(values[:, 0])
+    if coefficient == "optimal":
+        return fit_robust(weights, values, stein, valid, upper)
+    if coefficient == "scalar":
+        return fit_scalar(weights, values, stein).unsqueeze(1).expand_as(values[:, 0])
+    return fit_diagonal(weights, values, stein)
 
 
 def fit_scalar(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Sources: Jain et al., DQS (arXiv 2410.01312); Akhound-Sadegh et al., iDEM (arXiv
 
 from typing import ClassVar
 
-from sb3_rfm.posterior import Coefficient
+from sb3_rfm.control_variates import Coefficient
 from sb3_rfm.rfm import RFM
 
 

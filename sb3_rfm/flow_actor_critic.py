@@ -22,11 +22,11 @@ from sb3_rfm.actors import FlowActor, check_sampler
 from sb3_rfm.arguments import (
     check_algorithm,
     check_finite,
-    check_integer,
     check_policy_name,
-    is_number,
     parse_auto_temperature,
 )
+from sb3_rfm.checks import check_integer, is_number
+from sb3_rfm.control_variates import Coefficient
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictBuffer, scalar_keys
 from sb3_rfm.execution import (
@@ -43,7 +43,7 @@ from sb3_rfm.learner import Learner
 from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentAlgorithm
 from sb3_rfm.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
-from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean
+from sb3_rfm.posterior import LogProb, PosteriorMean
 from sb3_rfm.sources import Source, get_source
 
 SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
@@ -229,10 +229,10 @@ class FlowActorCritic(PersistentAlgorithm):
             Learner,
             self.policy,
             self._posterior_mean,
-            self.proposal,
-            self.n_target_particles,
-            self._temperature_share,
-            resolve_precision(self.precision, self.device),
+            proposal=self.proposal,
+            n_target_particles=self.n_target_particles,
+            temperature_share=self._temperature_share,
+            reduced=resolve_precision(self.precision, self.device),
         )
         self._prepare_functions(Executor(resolve_mode(self.execution, self.device, n_updates=0), self._inform, self.device))
 
@@ -248,7 +248,7 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _prepare_functions(self, executor: Executor) -> None:
         """Have the functions that take the time run by ``executor``."""
-        self._learner = self._make_learner(executor)
+        self._learner = self._make_learner(executor=executor)
         self.policy.run_act = executor.record(executor.prepare(self.policy.act, self.policy), self.policy)
 
     def _inform(self, text: str) -> None:

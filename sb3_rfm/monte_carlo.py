@@ -16,13 +16,14 @@ Sources: Li, Tang & Azizan (arXiv 2601.08136), section 4; Mira, Solgi & Imparato
 Neal, MCMC using Hamiltonian dynamics (arXiv 1206.1901); Del Moral, Doucet & Jasra, Sequential Monte Carlo samplers (2006).
 """
 
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sb3_rfm.checks import check_integer
 
 Density = Callable[[Tensor], tuple[Tensor, Tensor]]
 """``x_0`` (B, K, D) → unnormalised log-density (B, K) and its gradient (B, K, D)."""
@@ -56,8 +57,8 @@ class MCMC:
     n_leapfrog: int = 1
 
     def __post_init__(self) -> None:
-        _check_at_least(self.n_steps, 2, "n_steps")
-        _check_at_least(self.n_leapfrog, 1, "n_leapfrog")
+        check_integer("n_steps", self.n_steps, 2)
+        check_integer("n_leapfrog", self.n_leapfrog, 1)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class SMC:
 
     def __post_init__(self) -> None:
         for name in ("n_steps", "n_moves", "n_leapfrog"):
-            _check_at_least(getattr(self, name), 1, name)
+            check_integer(name, getattr(self, name), 1)
 
 
 Method = MCMC | SMC | None
@@ -246,8 +247,3 @@ def _next_temper(log_p1: Tensor, beta: Tensor, share: float = 0.5) -> Tensor:
 def _first_step(x_0: Tensor) -> Tensor:
     """A step size to adapt from, (B,)."""
     return x_0.new_full((x_0.shape[0],), 0.5 * x_0.shape[-1] ** -0.25)
-
-
-def _check_at_least(value: object, least: int, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")

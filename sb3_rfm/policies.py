@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sb3_rfm.actors import BoundedPolicy, FlowActor, squash
-from sb3_rfm.arguments import check_integer, check_networks
+from sb3_rfm.arguments import check_networks
+from sb3_rfm.checks import check_integer
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictExtractor
 from sb3_rfm.paths import Path

@@ -17,9 +17,7 @@ the noise mean. Where the parts are: candidates and their densities in :mod:`sb3
 Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), sections 3 and 4.
 """
 
-import math
-import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,15 +25,14 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sb3_rfm.candidates import Candidates, PointSet, draw_candidates
-from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, variance_of_mean, weighted_mean
+from sb3_rfm.checks import check_integer, check_points, is_number
+from sb3_rfm.control_variates import Coefficient, check_coefficient, fit, variance_of_mean, weighted_mean
 from sb3_rfm.monte_carlo import MCMC, SMC, Method, effective_sample_size, get_method, importance_weights, run_chains, run_smc
 from sb3_rfm.paths import Parametrisation, Path, get_path
 from sb3_rfm.sources import GaussianSource, Source, get_source
 
 LogProb = Callable[[Tensor], Tensor]
 """Unnormalised log-density of the target, (B, K, D) → (B, K)."""
-
-Coefficient = str | float | Sequence[float]
 
 
 class PosteriorMean(NamedTuple):
@@ -102,11 +99,10 @@ class PosteriorMeanEstimator:
         points: PointSet = "independent",
         method: str | Method = "snis",
     ) -> None:
-        if not _is_positive(n_candidates, numbers.Integral):
-            raise ValueError(f"n_candidates must be an integer >= 1, got {n_candidates!r}.")
-        if data_scale is not None and not _is_positive(data_scale):
+        check_integer("n_candidates", n_candidates, 1)
+        if data_scale is not None and not (is_number(data_scale) and data_scale > 0):
             raise ValueError(f"data_scale must be a positive number or None, got {data_scale!r}.")
-        if not _is_positive(guess_spread):
+        if not (is_number(guess_spread) and guess_spread > 0):
             raise ValueError(f"guess_spread must be a positive number, got {guess_spread!r}.")
         if points not in ("independent", "antithetic", "sobol"):
             raise ValueError(f"Unknown points {points!r}: expected 'independent', 'antithetic' or 'sobol'.")
@@ -277,17 +273,7 @@ class PosteriorMeanEstimator:
 
     def _coefficient(self, average: "_Average", values: Tensor, upper: float | Tensor) -> Tensor:
         """Coefficient for the values ``f``, (B, K, D) → (B, D)."""
-        n_batch, _, dim = values.shape
-        weights, stein = average.weights, average.stein
-        if isinstance(self.coefficient, float):
-            return torch.full_like(values[:, 0], self.coefficient)
-        if isinstance(self.coefficient, tuple):
-            return torch.tensor(self.coefficient, dtype=values.dtype, device=values.device).expand(n_batch, dim)
-        if self.coefficient == "optimal":
-            return fit_robust(weights, values, stein, average.valid, upper)
-        if self.coefficient == "scalar":
-            return fit_scalar(weights, values, stein).unsqueeze(1).expand(n_batch, dim)
-        return fit_diagonal(weights, values, stein)
+        return fit(self.coefficient, average.weights, values, average.stein, average.valid, upper)
 
     def _score(self, average: "_Average", mean_0: Tensor, t: Tensor) -> Tensor:
         """``grad log p_t = E[grad log p0(x_0) | x_t] / sigma``, with its own control variate (reverse score matching).
@@ -302,29 +288,7 @@ class PosteriorMeanEstimator:
         return -weighted_mean(average.weights, values + coefficient[:, None] * average.stein) / sigma
 
     def _check_inputs(self, x_t: Tensor, t: Tensor, guess: Tensor | None) -> None:
-        inputs: dict[str, Any] = {"x_t": x_t, "t": t} | ({} if guess is None else {"guess": guess})
-        for name, value in inputs.items():
-            if not (isinstance(value, Tensor) and value.is_floating_point()):
-                got = f"one of {value.dtype}" if isinstance(value, Tensor) else repr(value)
-                raise ValueError(f"{name} must be a tensor of floating-point numbers, got {got}.")
-        if x_t.dim() != 2 or x_t.shape[1] == 0:
-            raise ValueError(f"x_t must have shape (B, D), got {tuple(x_t.shape)}.")
-        if t.shape != x_t.shape[:1]:
-            raise ValueError(f"t must have shape (B,) = ({x_t.shape[0]},) to match x_t, got {tuple(t.shape)}.")
-        if guess is not None and guess.shape != x_t.shape:
-            raise ValueError(f"guess must have the shape of x_t, {tuple(x_t.shape)}, got {tuple(guess.shape)}.")
-        outside = ~((t > 0) & (t < 1))
-        if outside.any():
-            raise ValueError(
-                "t must lie strictly between 0 and 1, as at the ends one of the two posteriors is a point; "
-                f"got {t[outside][:8].tolist()}."
-            )
-        for name, value in inputs.items():
-            if value.dtype != x_t.dtype:
-                raise ValueError(f"{name} must have the dtype of x_t, {x_t.dtype}, got {value.dtype}.")
-            rows = sorted({row[0] for row in (~torch.isfinite(value)).nonzero().tolist()})
-            if rows:
-                raise ValueError(f"{name} must be finite, but is not in rows {rows[:8]}.")
+        check_points(x_t, t, guess)
         if isinstance(self.coefficient, tuple) and len(self.coefficient) != x_t.shape[1]:
             raise ValueError(
                 f"coefficient has {len(self.coefficient)} entries, but x_t has dimension {x_t.shape[1]}; "
@@ -418,30 +382,3 @@ def value_and_gradient(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
         value = log_prob(x)
         (gradient,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), gradient
-
-
-def check_coefficient(coefficient: Coefficient) -> str | float | tuple[float, ...]:
-    """Normalise and validate a control-variate coefficient.
-
-    :raises ValueError: unless it is ``"optimal"``, ``"scalar"``, ``"diagonal"``, a finite number or a sequence of such
-    """
-    if isinstance(coefficient, str):
-        if coefficient not in ("optimal", "scalar", "diagonal"):
-            raise ValueError(
-                f"Unknown coefficient {coefficient!r}: expected 'optimal', 'scalar', 'diagonal', a number or a sequence."
-            )
-        return coefficient
-    try:
-        value = torch.as_tensor(coefficient, dtype=torch.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"coefficient must be 'optimal', a number or one number per dimension, got {coefficient!r}."
-        ) from error
-    if value.dim() > 1 or value.numel() == 0 or not bool(torch.isfinite(value).all()):
-        raise ValueError(f"coefficient must be 'optimal', a finite number or one per dimension, got {coefficient!r}.")
-    return float(value) if value.dim() == 0 else tuple(value.tolist())
-
-
-def _is_positive(value: object, kind: type[Any] = numbers.Real) -> bool:
-    """Whether something is a positive finite number of a kind."""
-    return not isinstance(value, bool) and isinstance(value, kind) and math.isfinite(value) and value > 0

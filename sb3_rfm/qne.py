@@ -5,7 +5,7 @@ Sources: Ma et al., SDAC (arXiv 2502.00361); Dong et al., MaxEntDP (arXiv 2502.1
 
 from typing import ClassVar
 
-from sb3_rfm.posterior import Coefficient
+from sb3_rfm.control_variates import Coefficient
 from sb3_rfm.rfm import RFM
 
 

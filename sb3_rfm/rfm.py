@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sb3_rfm.actors import LATENT_SCALE
 from sb3_rfm.candidates import PointSet
+from sb3_rfm.control_variates import Coefficient, check_coefficient
 from sb3_rfm.flow_actor_critic import FlowActorCritic
-from sb3_rfm.posterior import Coefficient, LogProb, PosteriorMean, PosteriorMeanEstimator, check_coefficient
+from sb3_rfm.posterior import LogProb, PosteriorMean, PosteriorMeanEstimator
 from sb3_rfm.sources import get_source
 
 
