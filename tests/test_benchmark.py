@@ -20,7 +20,7 @@ from rich.console import Console
 from scipy import stats
 
 from sb3_rfm import RFM
-from sb3_rfm.benchmark import cost, figures, report, speed, statistics
+from sb3_rfm.benchmark import cases, cost, figures, records, report, speed, statistics
 from sb3_rfm.benchmark.__main__ import main
 from sb3_rfm.benchmark.cases import Sizes
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, git_commit, write_atomic
@@ -261,6 +261,18 @@ def test_more_steps_may_be_asked_for_while_a_run_is_done(tmp_path: Path, monkeyp
     assert folder.finished and not folder.checkpoint.exists()
     assert [e.step for e in folder.read_evaluations()] == [0, 50, 100, 150]
     assert [e.returns for e in folder.read_evaluations()][:3] == before
+
+
+def test_more_steps_may_be_asked_for_while_a_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder.create(tmp_path, spec())
+
+    def ask_for_more() -> dict[str, Any]:
+        RunFolder.create(tmp_path, spec(steps=300))
+        return {"commit": None}
+
+    monkeypatch.setattr(records, "provenance", ask_for_more)
+    folder.describe(arguments={})
+    assert folder.spec.steps == 300 and len(folder.config["starts"]) == 1
 
 
 def test_files_are_written_by_several_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -534,7 +546,9 @@ def test_small_returns_are_told_apart(tmp_path: Path) -> None:
     page = write_report(tmp_path)
     assert "| Some | 0.43 [0.41, 0.45], n = 3 | 0.19 [0.17, 0.21], n = 3 |" in page
     assert "Its ends are the returns 0.00 and 0.43 in Some." in page
-    assert Results.load(tmp_path).score_range("Some-v0")[0] == pytest.approx(3e-5)
+    results = Results.load(tmp_path)
+    assert results.score_range("Some-v0")[0] == pytest.approx(3e-5)
+    assert results.evaluations["returns"].astype(float).tolist() == pytest.approx(results.evaluations["mean"].tolist())
 
 
 # Evaluation and runs
@@ -806,3 +820,21 @@ def test_legend_of_labels_is_within_the_picture(tmp_path: Path) -> None:
     legend, picture = figure.legends[0].get_window_extent(), figure.bbox
     assert legend.x0 >= 0 and legend.x1 <= picture.width
     assert figure.axes[0].get_window_extent().height > 0.5 * picture.height
+
+
+def test_memory_is_that_of_the_sizes_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured in a process of its own, here in this one."""
+    sizes, built = Sizes(3, 1, 8, 16), list[Sizes]()
+
+    def build(case: str, sizes: Sizes, *args: Any, **kwargs: Any) -> Any:
+        built.append(sizes)
+        return types.SimpleNamespace(learn=lambda *args, **kwargs: None)
+
+    def start(command: list[str], **kwargs: Any) -> Any:
+        cases.main(command[command.index("sb3_rfm.benchmark.cases") + 1 :])
+        return types.SimpleNamespace(stdout="12.5\n")
+
+    monkeypatch.setattr(cases, "build", build)
+    monkeypatch.setattr(subprocess, "run", start)
+    assert speed.peak_memory("sac", speed.Conditions(threads=1, sizes=sizes)) == 12.5
+    assert built == [sizes]

@@ -28,6 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from rl_zoo3 import ALGOS
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.torch_layers import FlattenExtractor
 
@@ -126,10 +127,13 @@ class OwnExtractor(FlattenExtractor):
     """A class that no allow-list knows."""
 
 
+class OwnBuffer(ReplayBuffer):
+    """Another."""
+
+
 def test_files_with_classes_of_ones_own_are_loaded_where_they_are_trusted() -> None:
-    model = RFM(
-        "MlpPolicy", "Pendulum-v1", policy_kwargs={"features_extractor_class": OwnExtractor}, buffer_size=10, device="cpu"
-    )
+    own = {"policy_kwargs": {"features_extractor_class": OwnExtractor}, "replay_buffer_class": OwnBuffer}
+    model = RFM("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu", **own)  # type: ignore[arg-type]
     model.learn(3)
     model.save("model")
     model.save_replay_buffer("buffer")
@@ -141,8 +145,10 @@ def test_files_with_classes_of_ones_own_are_loaded_where_they_are_trusted() -> N
         assert isinstance(loaded.actor.features_extractor, OwnExtractor)
     finally:
         register()
-    with pytest.raises(RefusedError, match="OwnExtractor"):
+    with pytest.raises(RefusedError, match="Own"):
         ALGOS["rfm"].load("model")
+    with pytest.raises(RefusedError, match="OwnBuffer"):
+        model.load_replay_buffer("buffer")
 
 
 def test_missing_file_is_an_error() -> None:
