@@ -296,6 +296,21 @@ def test_a_run_that_another_process_does_is_waited_for(tmp_path: Path, monkeypat
     assert sweep.pending == [folder]
 
 
+def test_a_run_is_failed_before_another_process_may_take_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Afterwards, "failed" would be written over the state of the other one."""
+    set_status, seen = RunFolder.set_status, []
+
+    def watch(folder: RunFolder, **status: Any) -> None:
+        seen.append((status["state"], RunFolder(folder.path).is_busy))
+        set_status(folder, **status)
+
+    folder = RunFolder.create(tmp_path, spec(algo="sac", arguments={"policy_kwargs": {"bad": 1}}))
+    monkeypatch.setattr(RunFolder, "set_status", watch)
+    with pytest.raises(TypeError):
+        run(folder.path)
+    assert seen == [("failed", True)]
+
+
 def test_the_commit_is_that_of_this_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Installed, it may lie in the checkout of a project that uses it."""
     for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "a"]):

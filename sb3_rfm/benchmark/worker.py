@@ -208,24 +208,34 @@ def run(path: Path, checkpoint_every: int = 10_000, keep_checkpoint: bool = Fals
     """
     folder = RunFolder(path)
     with folder.lock:
-        if folder.finished:
-            return
-        spec = folder.spec
-        setting = get_setting(spec.algo, spec.arguments)
-        folder.describe(**vars(setting))
-        model = build_model(folder, spec, setting)
-        recorder = Recorder(folder, Evaluator(spec, setting.evaluation_particles), checkpoint_every)
-        recorder.continue_from(model.num_timesteps)
-        recorder.write_status(model.num_timesteps, "starting")
-        folder.set_status(pid=os.getpid())
-        model.set_logger(configure(str(path / "training" / f"from-step-{model.num_timesteps}"), ["csv"]))
-        signal.signal(signal.SIGTERM, recorder.request_stop)
-        model.learn(spec.steps - model.num_timesteps, callback=recorder, log_interval=4, reset_num_timesteps=False)
-        if keep_checkpoint:
-            recorder.write_checkpoint()
-        recorder.write_status(model.num_timesteps, "finished")
-        if not keep_checkpoint and RunFolder(path).finished:  # it may have been asked for more steps meanwhile
-            folder.checkpoint.unlink(missing_ok=True)
+        try:
+            if not folder.finished:
+                _learn(folder, checkpoint_every, keep_checkpoint)
+        except Stopped:
+            raise
+        except Exception:
+            folder.set_status(state="failed")
+            raise
+
+
+def _learn(folder: RunFolder, checkpoint_every: int, keep_checkpoint: bool) -> None:
+    """Do the run of a folder that this process has locked; see :func:`run`."""
+    spec = folder.spec
+    setting = get_setting(spec.algo, spec.arguments)
+    folder.describe(**vars(setting))
+    model = build_model(folder, spec, setting)
+    recorder = Recorder(folder, Evaluator(spec, setting.evaluation_particles), checkpoint_every)
+    recorder.continue_from(model.num_timesteps)
+    recorder.write_status(model.num_timesteps, "starting")
+    folder.set_status(pid=os.getpid())
+    model.set_logger(configure(str(folder.path / "training" / f"from-step-{model.num_timesteps}"), ["csv"]))
+    signal.signal(signal.SIGTERM, recorder.request_stop)
+    model.learn(spec.steps - model.num_timesteps, callback=recorder, log_interval=4, reset_num_timesteps=False)
+    if keep_checkpoint:
+        recorder.write_checkpoint()
+    recorder.write_status(model.num_timesteps, "finished")
+    if not keep_checkpoint and RunFolder(folder.path).finished:  # it may have been asked for more steps meanwhile
+        folder.checkpoint.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,9 +257,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BUSY
     except Stopped:
         return STOPPED
-    except Exception:
-        RunFolder(args.folder).set_status(state="failed")
-        raise
     return 0
 
 
