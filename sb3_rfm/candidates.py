@@ -4,9 +4,9 @@ Given ``x_t = alpha x_1 + sigma x_0``, candidates ``x_0^k`` are drawn from a den
 log-ratio ``log p0 - log r`` goes into their importance weights. So every choice of ``r`` estimates the same posterior mean:
 
 - the source itself, ``r = p0``;
-- the posterior under a Gaussian p1 of a given *data scale* ``S``: a Gaussian source of mean ``m`` and variance ``v`` makes
-  ``x_1`` Gaussian with precision ``1/S^2 + alpha^2/(sigma^2 v)`` and mean ``alpha (x_t - sigma m) / (sigma^2 v) / precision``.
-  It follows the posterior over the whole range of t, where the source loses it as t goes to 0. Other sources keep their own
+- the posterior under a Gaussian p1 around 0 of a given *data scale* ``S``: a Gaussian source of mean ``m`` and variance ``v``
+  makes ``x_1`` Gaussian with precision ``1/S^2 + alpha^2/(sigma^2 v)`` and mean ``alpha (x_t - sigma m) / (sigma^2 v) /
+  precision``. It follows the posterior over the whole range of t, where the source loses it as t goes to 0. Other sources keep their own
   shape, with that mean and precision in each dimension (correlations are not looked at);
 - an equal mixture of either with the same density, somewhat narrower, around a *guess* of the data mean (a network's own
   prediction). The broad half keeps the weights bounded by twice those without the guess, however bad the guess.
@@ -83,7 +83,7 @@ def draw_candidates(
     :param n_candidates: K
     :param x_t: (B, D)
     :param t: (B,)
-    :param data_scale: Standard deviation of the Gaussian p1 whose posterior is drawn from; None → the source
+    :param data_scale: Standard deviation of the Gaussian p1 around 0 whose posterior is drawn from; None → the source
     :param guess: Data mean around which half of the candidates are drawn, (B, D)
     :param guess_spread: Spread of those, relative to the others
     :param points: See :func:`draw_points`

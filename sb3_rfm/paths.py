@@ -57,7 +57,10 @@ class Path(ABC):
         :param x_1: Data, (B, ..., D)
         :param t: Times, (B,)
         :return: ``x_t``, (B, ..., D)
+        :raises ValueError: where one of them has more dimensions than the other
         """
+        if x_0.dim() != x_1.dim():
+            raise ValueError(f"x_0 and x_1 must have as many dimensions, got {tuple(x_0.shape)} and {tuple(x_1.shape)}.")
         t = expand_to(t, x_1)
         return self.alpha(t) * x_1 + self.sigma(t) * x_0
 
@@ -158,8 +161,10 @@ class LinearVPPath(Path):
     """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
-        if not 0 < beta_min < beta_max:
-            raise ValueError(f"LinearVPPath needs 0 < beta_min < beta_max, got beta_min={beta_min}, beta_max={beta_max}.")
+        if not 0 < beta_min < beta_max < math.inf:
+            raise ValueError(
+                f"LinearVPPath needs 0 < beta_min < beta_max < inf, got beta_min={beta_min}, beta_max={beta_max}."
+            )
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def _rate(self, t: Tensor) -> Tensor:
@@ -186,14 +191,17 @@ class VEPath(Path):
     """Variance exploding: ``alpha = 1, sigma = sigma_max^(1 - t) sigma_min^t`` (Song et al., arXiv 2011.13456).
 
     At t = 0 the data is still present under noise of size ``sigma_max``, so ``sigma_max`` must be well above its spread.
+    Sampling starts from ``sigma_max`` times a draw of the source.
 
     :param sigma_min: Noise at the data end, in units of the data
     :param sigma_max: Noise at the noise end, in units of the data
     """
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 10.0) -> None:
-        if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"VEPath needs 0 < sigma_min < sigma_max, got sigma_min={sigma_min}, sigma_max={sigma_max}.")
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(
+                f"VEPath needs 0 < sigma_min < sigma_max < inf, got sigma_min={sigma_min}, sigma_max={sigma_max}."
+            )
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def alpha(self, t: Tensor) -> Tensor:

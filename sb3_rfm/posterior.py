@@ -34,6 +34,11 @@ from sb3_rfm.sources import GaussianSource, Source, get_source
 LogProb = Callable[[Tensor], Tensor]
 """Unnormalised log-density of the target, (B, K, D) → (B, K)."""
 
+NOT_DIFFERENTIABLE = (
+    "log_prob must be differentiable, but what it returned carries no gradient of its argument (detached, or computed outside "
+    "of torch?); coefficient=0 with method='snis' needs none."
+)
+
 
 class PosteriorMean(NamedTuple):
     """What is known at ``x_t``, with diagnostics."""
@@ -72,10 +77,11 @@ class PosteriorMeanEstimator:
         dimension; ``"scalar"`` and ``"diagonal"`` → the textbook fits of least asymptotic variance, without the guards that
         keep ``"optimal"`` from being worse than 0 when few candidates count
     :param source: ``"gaussian"``, a ``torch.distributions`` distribution or a :class:`~sb3_rfm.sources.Source`
-    :param data_scale: A standard deviation of p1, where known. Candidates then come from the posterior that a Gaussian p1
-        of that scale would have, instead of the source; that is what keeps them useful at small t. The weights
-        account for it. Rather too wide than too narrow: from well below the target's own width, candidates miss what is
-        outside, and ``ess`` does not show it
+    :param data_scale: How far the data reaches from the origin: its root mean square in a dimension, roughly. Candidates
+        then come from the posterior that a Gaussian p1 around the origin of that scale would have, instead of the source;
+        that is what keeps them useful at small t. The weights account for it. Rather too large than too small: from well
+        below, candidates miss what is outside, and ``ess`` does not show it. A target far from the origin is better moved
+        there (``lambda x: log_prob(x + centre)``)
     :param guess_spread: Spread of the candidates around a guess (see :meth:`__call__`), relative to the others
     :param points: ``"independent"``, ``"antithetic"`` or ``"sobol"`` candidates; antithetic ones gain most with few of them,
         Sobol points from 16 on, and either needs the source's quantile function
@@ -151,10 +157,7 @@ class PosteriorMeanEstimator:
             if returned != x_1.shape[:2]:
                 raise ValueError(f"log_prob must map (B, K, D) to (B, K): given {tuple(x_1.shape)} it returned {returned}.")
             if x_1.requires_grad and not log_p.requires_grad:
-                raise ValueError(
-                    "log_prob must be differentiable, but what it returned carries no gradient of its argument (detached, or "
-                    "computed outside of torch?); coefficient=0 with method='snis' needs none."
-                )
+                raise ValueError(NOT_DIFFERENTIABLE)
             return log_p
 
         with torch.no_grad():
@@ -271,20 +274,26 @@ class PosteriorMeanEstimator:
         stein = (source_score + score).masked_fill(invalid, 0.0)
         return _Average(weights, x_0, source_score, stein, valid, effective_sample_size(weights))
 
-    def _coefficient(self, average: "_Average", values: Tensor, upper: float | Tensor) -> Tensor:
+    def _coefficient(self, average: "_Average", values: Tensor, upper: float | Tensor = 1.0) -> Tensor:
         """Coefficient for the values ``f``, (B, K, D) → (B, D)."""
         return fit(self.coefficient, average.weights, values, average.stein, average.valid, upper)
 
     def _score(self, average: "_Average", mean_0: Tensor, t: Tensor) -> Tensor:
         """``grad log p_t = E[grad log p0(x_0) | x_t] / sigma``, with its own control variate (reverse score matching).
 
-        ``grad log p0 - c s_0`` runs from ``grad log p0`` (c = 0) to ``(sigma / alpha) grad log p1`` (c = 1).
+        ``grad log p0 - c s_0`` runs from ``grad log p0`` (c = 0) to ``(sigma / alpha) grad log p1`` (c = 1). A ``Lambda`` that
+        is a number is the variance of the source at that end: with ``c = Lambda / variance``, noise mean and score of a
+        Gaussian source are one estimate.
         """
         sigma = self.path.sigma(t)[:, None]
         if isinstance(self.source, GaussianSource):
             return -mean_0 / sigma
         values = -average.source_score
-        coefficient = self._coefficient(average, values, 1.0)
+        _, variance_0 = self.source.moments(mean_0)
+        if isinstance(self.coefficient, str):
+            coefficient = self._coefficient(average, values, 1.0)
+        else:
+            coefficient = self._coefficient(average, values) / variance_0
         return -weighted_mean(average.weights, values + coefficient[:, None] * average.stein) / sigma
 
     def _check_inputs(self, x_t: Tensor, t: Tensor, guess: Tensor | None) -> None:
@@ -370,6 +379,7 @@ def value_and_gradient(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
 
     :param x: (B, K, D)
     :return: (B, K) and (B, K, D)
+    :raises ValueError: for a ``log_prob`` that does not depend on its argument
     """
     if torch.compiler.is_compiling():
         # The functional form may be compiled as a part of a loss; eager code takes the one that any log_prob supports.
@@ -380,5 +390,7 @@ def value_and_gradient(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_(True)  # a clone, as one made in inference mode cannot have a gradient
         value = log_prob(x)
-        (gradient,) = torch.autograd.grad(value.sum(), x)
+        (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+    if gradient is None:
+        raise ValueError(NOT_DIFFERENTIABLE)
     return value.detach(), gradient

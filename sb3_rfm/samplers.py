@@ -6,7 +6,8 @@ Four ways to draw from p1, with times that run from noise (t = 0) to data (t = 1
 - :func:`integrate_sde` follows a velocity and a score, for any source: the marginals of ``dx = v dt`` are also those of
   ``dx = (v + d^2/2 grad log p_t) dt + d dW``, whatever the diffusion ``d(t)``;
 - :func:`denoise` follows a *data* prediction ``E[x_1 | x_t]`` of any path; as every step is a convex-like combination of
-  the state and the prediction, a bounded prediction cannot make it diverge;
+  the state and the prediction, a bounded prediction cannot make it diverge. Its ODE goes with any source, its SDE with the
+  standard Gaussian;
 - :func:`langevin` follows a score at one fixed noise level.
 
 Sources: Song et al., DDIM (arXiv 2010.02502), eq. 12; Song et al., score SDEs (arXiv 2011.13456); Albergo et al., Stochastic
@@ -47,13 +48,13 @@ def integrate_ode(velocity: Field, x: Tensor, times: Tensor, method: Literal["eu
     :param times: Increasing times, (N + 1,)
     :param method: ``"euler"`` (N evaluations), ``"midpoint"`` or ``"heun"`` (2 N evaluations, second order)
     :return: State at ``times[-1]``, (B, ..., D)
-    :raises ValueError: for an unknown method
+    :raises ValueError: for an unknown method, or a velocity of another shape than ``x``
     """
     if method not in ("euler", "midpoint", "heun"):
         raise ValueError(f"Unknown ODE method {method!r}: expected 'euler', 'midpoint' or 'heun'.")
     for t, t_next in itertools.pairwise(times):
         dt = t_next - t
-        v = velocity(x, t)
+        v = _of_shape("velocity", velocity(x, t), x)
         if method == "midpoint":
             v = velocity(x + 0.5 * dt * v, t + 0.5 * dt)
         elif method == "heun":
@@ -79,14 +80,14 @@ def integrate_sde(
     :param diffusion: ``d(t)`` of a scalar tensor; 0 → the probability-flow ODE
     :param generator: Source of the noise
     :return: State at ``times[-1]``, (B, ..., D)
-    :raises ValueError: unless times increase
+    :raises ValueError: unless times increase, or for a field of another shape than ``x``
     """
-    if not bool((times.diff() > 0).all()):
-        raise ValueError(f"An SDE runs from noise to data: expected increasing times, got {times.tolist()}.")
+    _check_times(times)
     for t, t_next in itertools.pairwise(times):
         dt, d = t_next - t, diffusion(t)
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        x = x + dt * (velocity(x, t) + 0.5 * d**2 * score(x, t)) + d * dt.sqrt() * noise
+        v, s = _of_shape("velocity", velocity(x, t), x), _of_shape("score", score(x, t), x)
+        x = x + dt * (v + 0.5 * d**2 * s) + d * dt.sqrt() * noise
     return x
 
 
@@ -108,16 +109,20 @@ def denoise(
     :param times: Increasing times, (N + 1,); the last state returned is the data predicted at ``times[-2]`` where
         ``sigma(times[-1]) = 0``
     :param path: The probability path
-    :param noise_scale: 0 → probability-flow ODE (DDIM), 1 → reverse SDE (DDPM's posterior variance)
+    :param noise_scale: 0 → probability-flow ODE (DDIM), 1 → reverse SDE (DDPM's posterior variance); above 0 for the standard
+        Gaussian source only, of which the fresh noise is (others: :func:`integrate_sde`)
     :param generator: Source of the fresh noise
     :return: State at ``times[-1]``, (B, ..., D)
-    :raises ValueError: for a ``noise_scale`` outside [0, 1]
+    :raises ValueError: for a ``noise_scale`` outside [0, 1], for times that do not increase (not looked at on a GPU, for which
+        one would have to wait), or a prediction of another shape than ``x``
     """
     if not 0 <= noise_scale <= 1:
         raise ValueError(f"noise_scale must be from 0 (ODE) to 1 (reverse SDE), got {noise_scale}.")
+    if times.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_times(times)
     alpha, sigma = path.alpha(times), path.sigma(times)
     for i in range(len(times) - 1):
-        x_1 = data_prediction(x, times[i])
+        x_1 = _of_shape("data_prediction", data_prediction(x, times[i]), x)
         x_0 = (x - alpha[i] * x_1) / sigma[i]
         if noise_scale == 0:
             x = alpha[i + 1] * x_1 + sigma[i + 1] * x_0
@@ -146,11 +151,25 @@ def langevin(
     :param n_steps: Number of steps
     :param generator: Source of the noise
     :return: Samples, (B, ..., D)
+    :raises ValueError: for a step size that is not positive, or a score of another shape than ``x``
     """
     if not isinstance(step_size, Tensor) and not step_size > 0:
         raise ValueError(f"Langevin dynamics take steps of a positive size, got {step_size}.")
     noise_size = (2 * step_size) ** 0.5
     for _ in range(n_steps):
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        x = x + step_size * score(x) + noise_size * noise
+        x = x + step_size * _of_shape("score", score(x), x) + noise_size * noise
     return x
+
+
+def _check_times(times: Tensor) -> None:
+    """Check that times run from noise to data."""
+    if not bool((times.diff() > 0).all()):
+        raise ValueError(f"Samplers run from noise to data: expected increasing times, got {times.tolist()}.")
+
+
+def _of_shape(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """What a field returned at ``x``; of another shape, it might broadcast."""
+    if value.shape != x.shape:
+        raise ValueError(f"{name} must return the shape of its argument, {tuple(x.shape)}, got {tuple(value.shape)}.")
+    return value

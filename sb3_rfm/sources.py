@@ -111,16 +111,12 @@ class DistributionSource(Source):
         shape = distribution.batch_shape + distribution.event_shape
         if len(shape) > 1:
             raise ValueError(f"A source has scalar or (D,) samples, got a distribution with samples of shape {tuple(shape)}.")
-        support = distribution.support
-        assert support is not None
-        far = torch.tensor([-1e4, 1e4]).reshape((2,) + (1,) * len(shape)).expand(2, *shape)
-        everywhere = not support.is_discrete and bool(support.check(far).all())
-        # A density that can be integrated is small far out; that of an angle is not.
-        if not everywhere or bool((distribution.log_prob(far) > -math.log(1e4)).any()):
-            raise ValueError(f"A source covers all of R^D, but {type(distribution).__name__} has the support {support}.")
         self.distribution = _without_checks(distribution)
+        if not self._covers_everything():
+            kind = type(distribution).__name__
+            raise ValueError(f"A source has a density on all of R^D; {kind}, with support {distribution.support}, has none.")
         self.has_quantiles = _has_quantiles(distribution)
-        self.mean, self.variance = self._moments(torch.Size(shape))
+        self.mean, self.variance = self._moments()
 
     def to(self, device: torch.device | str) -> "DistributionSource":
         return _moved(self, device)
@@ -137,21 +133,41 @@ class DistributionSource(Source):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
             return self.distribution.sample(sample_shape).to(like)
 
-    def _moments(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Mean and variance. Where there are none, or torch does not know them: the median of a fixed sample, and what the
-        variance of a Gaussian with its inner two thirds would be.
+    def _covers_everything(self) -> bool:
+        """Whether the density is one on all of R^D, judged far outside of a few samples."""
+        support = self.distribution.support
+        assert support is not None
+        if support.is_discrete:
+            return False
+        low, median, high = self._quantiles(33)
+        width = high - low
+        sides = torch.tensor([-1.0, 1.0]).reshape((2,) + (1,) * width.dim())
+        outside, far = (median + distance * width * sides for distance in (10, 1e4))
+        if not (bool(support.check(outside).all()) and bool(torch.isfinite(self.distribution.log_prob(outside)).all())):
+            return False
+        # A density that can be integrated is small far out; that of an angle is not.
+        relative = self.distribution.log_prob(far) + (width.log().sum() if self.distribution.event_shape else width.log())
+        return bool((relative < -math.log(1e4)).all())
 
-        :param shape: Shape of a sample
-        """
-        sample = self.sample((10_001, *(shape or (1,))), torch.empty(0), torch.Generator().manual_seed(0)).reshape(-1, *shape)
-        low, median, high = sample.quantile(torch.special.ndtr(torch.tensor([-1.0, 0.0, 1.0])), dim=0)
+    def _quantiles(self, n_samples: int) -> Tensor:
+        """The ends of the inner two thirds of a fixed sample, with the median between them, (3,) or (3, D)."""
+        shape = self.distribution.batch_shape + self.distribution.event_shape
+        sample = self.sample((n_samples, *(shape or (1,))), torch.empty(0), torch.Generator().manual_seed(0))
+        return sample.reshape(-1, *shape).quantile(torch.special.ndtr(torch.tensor([-1.0, 0.0, 1.0])), dim=0)
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance. Where there are none, or torch does not know them: the median of a fixed sample, and what the
+        variance of a Gaussian with its inner two thirds would be."""
         moments = []
-        for name, substitute in (("mean", median), ("variance", (0.5 * (high - low)).square())):
+        for name in ("mean", "variance"):
             try:
-                moment = getattr(self.distribution, name)
+                moments.append(getattr(self.distribution, name))
             except NotImplementedError:
-                moment = substitute
-            moments.append(torch.where(torch.isfinite(moment), moment, substitute))
+                moments.append(torch.tensor(torch.nan))
+        if not all(bool(torch.isfinite(moment).all()) for moment in moments):
+            low, median, high = self._quantiles(10_001)
+            instead = median, (0.5 * (high - low)).square()
+            moments = [torch.where(torch.isfinite(m), m, i) for m, i in zip(moments, instead, strict=True)]
         mean, variance = moments
         return mean, variance
 

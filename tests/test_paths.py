@@ -97,10 +97,16 @@ def test_get_path_returns_paths_as_they_are_and_names_the_choices() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="sigma_min=2"):
         VEPath(sigma_min=2.0, sigma_max=1.0)
+    with pytest.raises(ValueError, match="sigma_max=inf"):
+        VEPath(sigma_max=float("inf"))
     with pytest.raises(ValueError, match="beta_min=-1"):
         LinearVPPath(beta_min=-1.0)
+    with pytest.raises(ValueError, match="beta_max=inf"):
+        LinearVPPath(beta_max=float("inf"))
     x, t = torch.zeros(1, 1), torch.full((1,), 0.5)
     with pytest.raises(ValueError, match="'flow'"):
         CondOTPath().convert(x, x, t, source="flow", target="data")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\(1, 1\), got \(1, 3\)"):
         CondOTPath().convert(torch.zeros(1, 3), x, t, source="noise", target="data")
+    with pytest.raises(ValueError, match=r"\(3, 2\) and \(3, 3, 2\)"):
+        CondOTPath().interpolate(torch.zeros(3, 2), torch.zeros(3, 3, 2), torch.zeros(3))

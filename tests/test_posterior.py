@@ -446,17 +446,38 @@ def test_densities_of_another_precision(method: str) -> None:
 
 
 def test_the_best_combination_of_scores_beats_both() -> None:
-    """Reverse score matching: c = 0 is E[grad log p0] / sigma, c = 1 is E[grad log p1] / alpha."""
+    """Reverse score matching: from E[grad log p0] / sigma to E[grad log p1] / alpha, at the source's variance, which is 2."""
     log_prob = gaussian(1.0, 0.5)
     x_t, t = normal(400, 2), times(0.5, 400)
     errors = {}
     reference = PosteriorMeanEstimator("cond_ot", 4000, "scalar", source=Laplace(0.0, 1.0))
     truth = reference(log_prob, x_t, t, torch.Generator().manual_seed(9)).score
-    for coefficient in (0.0, 1.0, "optimal"):
+    for coefficient in (0.0, 2.0, "optimal"):
         estimator = PosteriorMeanEstimator("cond_ot", 64, coefficient, source=Laplace(0.0, 1.0))
         result = estimator(log_prob, x_t, t, torch.Generator().manual_seed(5))
         errors[coefficient] = float((result.score - truth).square().sum(-1).mean())
-    assert errors["optimal"] < 0.9 * min(errors[0.0], errors[1.0])
+    assert errors["optimal"] < 0.9 * min(errors[0.0], errors[2.0])
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 1.0, 4.0, (0.5, 2.0)], ids=str)
+def test_noise_mean_and_score_of_a_gaussian_source_are_one_estimate(coefficient: float | tuple[float, float]) -> None:
+    """``grad log p0(x_0) = -(x_0 - m) / v`` is linear in ``x_0``."""
+    estimator = PosteriorMeanEstimator("cond_ot", 16, coefficient, source=Normal(0.5, 2.0))
+    x_t, t = normal(20, 2), times(0.7, 20)
+    result = estimator(gaussian(1.0, 0.5), x_t, t, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(result.score, -(result.x0 - 0.5) / 4.0 / 0.3)
+
+
+def test_the_effective_size_of_chains_is_that_of_as_many_independent_draws() -> None:
+    """The variance of the noise mean over repetitions, against that of one draw of a Gaussian posterior."""
+    x_t, t = torch.zeros(400, 1, dtype=torch.float64), times(0.5, 400)
+    variance = 1 / (1 + 4.0)  # of x_0 = -x_1 where x_t = 0
+    for n_steps in (8, 64):
+        estimator = PosteriorMeanEstimator("cond_ot", 16, 0.0, method=MCMC(n_steps=n_steps))
+        result = estimator(gaussian(4.0, 0.0), x_t, t, torch.Generator().manual_seed(4))
+        realised = variance / float(result.x0.var())
+        assert float(result.ess.median()) == pytest.approx(realised, rel=0.35)
+        assert realised > (20 if n_steps == 8 else 100)
 
 
 # Laws
@@ -1088,6 +1109,9 @@ def test_values_are_checked_and_named() -> None:
         estimator(MIXTURE.log_prob, torch.ones(4, 2, dtype=torch.int64), t)
     with pytest.raises(ValueError, match=r"differentiable.*coefficient=0"):
         estimator(lambda x: MIXTURE.log_prob(x.detach()), x_t, t)
+    network = torch.nn.Linear(2, 1).double()  # the result carries a gradient, but none of x
+    with pytest.raises(ValueError, match=r"differentiable.*coefficient=0"):
+        estimator(lambda x: network(x.detach()).squeeze(-1), x_t, t)
     with pytest.raises(ValueError, match=r"candidates for the data lie between -.* and .*data_scale"):
         estimator(lambda x: -torch.inf * x.square().sum(-1), x_t, t)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -168,3 +169,22 @@ def test_bad_arguments_are_named() -> None:
         integrate_sde(lambda x, t: x, lambda x, t: x, torch.zeros(1, 1), time_grid(2).flip(0), lambda t: t)
     with pytest.raises(ValueError, match=r"noise_scale.*got 2.0"):
         denoise(lambda x, t: x, torch.zeros(1, 1), time_grid(2, 0.1, 0.9), CondOTPath(), noise_scale=2.0)
+    with pytest.raises(ValueError, match=r"increasing times, got \[1.0, 0.5, 0.0\]"):
+        denoise(lambda x, t: x, torch.zeros(1, 1), time_grid(2).flip(0), CondOTPath())
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        lambda field, x: integrate_ode(field, x, time_grid(2)),
+        lambda field, x: integrate_sde(field, lambda x, t: x, x, time_grid(2), lambda t: t),
+        lambda field, x: integrate_sde(lambda x, t: x, field, x, time_grid(2), lambda t: t),
+        lambda field, x: denoise(field, x, time_grid(2, 0.1, 0.9), CondOTPath()),
+        lambda field, x: langevin(lambda x: field(x, torch.zeros(())), x, 0.1, 2),
+    ],
+    ids=["ode", "velocity of the sde", "score of the sde", "denoise", "langevin"],
+)
+def test_a_field_that_would_broadcast_is_refused(sample: Any) -> None:
+    """As that of a network whose last dimension was squeezed away."""
+    with pytest.raises(ValueError, match=r"the shape of its argument, \(4, 1\), got \(4,\)"):
+        sample(lambda x, t: x.squeeze(-1), torch.zeros(4, 1))

@@ -12,12 +12,15 @@ from torch.distributions import (
     Categorical,
     Distribution,
     Exponential,
+    Gumbel,
     Independent,
     Laplace,
+    LogNormal,
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
     Poisson,
+    SigmoidTransform,
     StudentT,
     TransformedDistribution,
     Uniform,
@@ -156,11 +159,47 @@ def test_the_centre_is_a_mode_where_one_is_known_and_else_a_fixed_sample() -> No
 
 
 @pytest.mark.parametrize(
-    "distribution", [Uniform(-1.0, 1.0), Exponential(1.0), Poisson(3.0), VonMises(0.0, 1.0)], ids=lambda d: type(d).__name__
+    "distribution",
+    [
+        Uniform(-1.0, 1.0),
+        Exponential(1.0),
+        Poisson(3.0),
+        VonMises(0.0, 1.0),
+        TransformedDistribution(Uniform(0.0, 1.0), AffineTransform(-1.0, 2.0)),  # torch calls its support real
+        TransformedDistribution(LogNormal(0.0, 1.0), AffineTransform(5.0, 1.0)),
+    ],
+    ids=lambda d: type(d).__name__,
 )
 def test_sources_that_leave_something_out_are_refused(distribution: Distribution) -> None:
-    with pytest.raises(ValueError, match=rf"all of R\^D, but {type(distribution).__name__} has the support"):
+    with pytest.raises(ValueError, match=rf"all of R\^D; {type(distribution).__name__}, with support"):
         get_source(distribution)
+
+
+@pytest.mark.parametrize(
+    "distribution",
+    [
+        Normal(1e4, 0.1),
+        Laplace(-1e4, 0.5),
+        Normal(0.0, 1e5),
+        Gumbel(0.0, 1.0),
+        StudentT(0.5),
+        TransformedDistribution(Uniform(0.0, 1.0), SigmoidTransform().inv),
+    ],
+    ids=str,
+)
+def test_where_a_source_lies_and_how_wide_it_is_does_not_matter(distribution: Distribution) -> None:
+    assert torch.isfinite(DistributionSource(distribution).log_prob(torch.zeros(1, 2))).all()
+
+
+def test_moments_that_are_known_are_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thousand dimensions, a sample of thousands takes minutes."""
+    drawn = []
+    sample = MultivariateNormal.rsample
+    monkeypatch.setattr(MultivariateNormal, "rsample", lambda self, shape: drawn.append(shape.numel()) or sample(self, shape))
+    source = DistributionSource(MultivariateNormal(torch.tensor([1.0, 2.0]), torch.diag(torch.tensor([3.0, 4.0]))))
+    assert torch.equal(torch.as_tensor(source.mean), torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(source.variance, torch.tensor([3.0, 4.0]))
+    assert sum(drawn) < 100
 
 
 def test_bad_sources_are_named() -> None:
