@@ -6,10 +6,10 @@
     python examples/boltzmann_2d.py --densities moons --updates 500
 
 Of a density, training is told its unnormalised logarithm and its width. For each coefficient of the control variate (0:
-noise, 1: gradient, "optimal") a flow is trained in the same way, and compared with exact samples by the Wasserstein-2 distance, the
-maximum mean discrepancy (MMD), the share of modes found, the samples of the emptiest mode over those that it should have, and
-the effective sample size (ESS) of the flow's samples reweighted to the target, as a share of their number. The densities of
-the flow's samples follow from its divergence.
+noise, 1: gradient, "optimal") a flow is trained in the same way, and compared with exact samples by the Wasserstein-2
+distance, the maximum mean discrepancy (MMD), the share of modes found, the samples of the emptiest mode over those that it
+should have, and the effective sample size (ESS) of the flow's samples reweighted to the target, as a share of their number.
+The densities of the flow's samples follow from its divergence.
 
 Source: Midgley et al., Flow annealed importance sampling bootstrap (arXiv 2208.01893), for the 40-mode mixture.
 """

@@ -98,14 +98,15 @@ def _difference(module: DeterministicPolicy, exported: object, example: Tensor) 
     assert callable(exported)
     space = module.policy.observation_space
     extent = (module.high - module.low).numpy()
-    worst = 0.0
+    extent = np.where(extent > 0, extent, 1.0)
+    worst = np.float64(0.0)
     for batch_size in (1, 2, len(example)):
         observations = example[:batch_size]
         expected, _ = module.policy.predict(observations.numpy().astype(space.dtype), deterministic=True)
         with th.no_grad():
             actions = exported(observations).numpy()
-        worst = max(worst, float(np.abs((actions - expected) / extent).max()))
-    return worst
+        worst = np.maximum(worst, np.abs((actions - expected) / extent).max())  # not-a-number if either is
+    return float(worst)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:

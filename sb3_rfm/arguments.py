@@ -134,7 +134,8 @@ def check_finite(name: str, values: Any, note: str) -> None:
             check_finite(f"{name} {key!r}", value, note)
         return
     values = np.asarray(values)
-    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+    # Networks compute in single precision, and what it cannot hold is infinite to them.
+    if np.issubdtype(values.dtype, np.floating) and not (np.abs(values) <= np.finfo(np.float32).max).all():
         raise ValueError(f"The {name} is not finite: {values}. {note}")
 
 

@@ -6,8 +6,8 @@ log-ratio ``log p0 - log r`` goes into their importance weights. So every choice
 - the source itself, ``r = p0``;
 - the posterior under a Gaussian p1 around 0 of a given *data scale* ``S``: a Gaussian source of mean ``m`` and variance ``v``
   makes ``x_1`` Gaussian with precision ``1/S^2 + alpha^2/(sigma^2 v)`` and mean ``alpha (x_t - sigma m) / (sigma^2 v) /
-  precision``. It follows the posterior over the whole range of t, where the source loses it as t goes to 0. Other sources keep their own
-  shape, with that mean and precision in each dimension (correlations are not looked at);
+  precision``. It follows the posterior over the whole range of t, where the source loses it as t goes to 0. Other sources
+  keep their own shape, with that mean and precision in each dimension (correlations are not looked at);
 - an equal mixture of either with the same density, somewhat narrower, around a *guess* of the data mean (a network's own
   prediction). The broad half keeps the weights bounded by twice those without the guess, however bad the guess.
 

@@ -21,6 +21,8 @@ from typing import IO, Any
 import gymnasium as gym
 import numpy as np
 import torch as th
+from stable_baselines3 import HerReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -82,7 +84,11 @@ class RunCheckpoint(BaseCallback):
             left_over.unlink()
         self._last_save = self.n_calls
         if make_rewindable(self.training_env):
-            # The wrappers must see the beginning of the first episode.
+            # The wrappers must see the beginning of the first episode. One that was under way ends here.
+            assert isinstance(self.model, OffPolicyAlgorithm) and self.model.replay_buffer is not None
+            end_trajectories(self.model.replay_buffer)
+            if self.model.action_noise is not None:
+                self.model.action_noise.reset()
             self.model._last_obs = self.training_env.reset()  # type: ignore[assignment]
             if self.model._vec_normalize_env is not None:
                 self.model._last_original_obs = self.model._vec_normalize_env.get_original_obs()
@@ -247,8 +253,30 @@ def restore_env(env: VecEnv, state: dict[str, Any]) -> None:
     if state["envs"] is None:
         return
     make_rewindable(env)
+    if not env.has_attr("set_run_state"):
+        raise ValueError(
+            "The run's environments could be restored; these have no set_run_state: wrap them in Rewindable, too."
+        )
+    base = env.unwrapped
+    if not (isinstance(base, DummyVecEnv) and all(isinstance(inner, Rewindable) for inner in base.envs)):
+        base.reset()  # for the wrappers around what is restored
     for i, env_state in enumerate(state["envs"]):
         env.env_method("set_run_state", env_state, indices=i)
+
+
+def end_trajectories(buffer: ReplayBuffer) -> None:
+    """Have the last transition of each environment be its episode's last: what is stored next is another episode.
+
+    :param buffer: Replay buffer
+    """
+    if isinstance(buffer, HerReplayBuffer):
+        buffer.truncate_last_trajectory()
+    elif buffer.size() > 0:
+        last = (buffer.pos - 1) % buffer.buffer_size
+        under_way = buffer.dones[last] == 0
+        buffer.dones[last][under_way] = 1
+        if buffer.handle_timeout_termination:  # it is none of the environment's own: values go on
+            buffer.timeouts[last][under_way] = 1
 
 
 def random_state(model: OffPolicyAlgorithm) -> dict[str, Any]:

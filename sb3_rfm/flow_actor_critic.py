@@ -4,6 +4,7 @@ Here are arguments, logs and files; what is learned from a batch is in :mod:`sb3
 """
 
 import inspect
+import math
 from abc import abstractmethod
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
@@ -26,7 +28,7 @@ from sb3_rfm.arguments import (
     parse_auto_temperature,
 )
 from sb3_rfm.checks import check_integer, is_number
-from sb3_rfm.control_variates import Coefficient
+from sb3_rfm.control_variates import Coefficient, check_coefficient
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictBuffer, scalar_keys
 from sb3_rfm.execution import (
@@ -48,6 +50,13 @@ from sb3_rfm.sources import Source, get_source
 
 SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
 
+RELABELLED = (
+    "HerReplayBuffer computed it for another goal. Nothing was learned from it: the weights are as before this update."
+)
+DESTROYED = (
+    "the weights are lost. Numbers too large for the networks have come from the environment, or the learning rate is far too "
+    "high. Go on from a model that was saved before."
+)
 NOT_LEARNED = (
     "The environment returned it. Nothing was learned from it: the weights and the replay buffer are as before this step."
 )
@@ -185,6 +194,8 @@ class FlowActorCritic(PersistentAlgorithm):
             sde_support=False,
             supported_action_spaces=(spaces.Box,),
         )
+        # SB3's SAC writes into the dictionary that it is given, which may be given to this class next.
+        self.policy_kwargs = {name: value for name, value in self.policy_kwargs.items() if name != "use_sde" or value}
         self.temperature = temperature
         self.n_candidates = n_candidates
         self.coefficient = coefficient
@@ -281,7 +292,8 @@ class FlowActorCritic(PersistentAlgorithm):
         """Refuse arguments out of range before anything is built."""
         check_algorithm(self, FlowPolicy)
         parse_auto_temperature(self.temperature)
-        if self.coefficient_is_fixed and self.coefficient != self.default_coefficient:
+        coefficient = None if self.coefficient is None else check_coefficient(self.coefficient)
+        if self.coefficient_is_fixed and coefficient != self.default_coefficient:
             fixed = "has no coefficient" if self.default_coefficient is None else f"fixes it at {self.default_coefficient}"
             raise ValueError(
                 f"coefficient must be left out: {type(self).__name__} {fixed}, got {self.coefficient!r}; RFM lets you choose."
@@ -318,6 +330,8 @@ class FlowActorCritic(PersistentAlgorithm):
         history = []
         for _ in range(gradient_steps):
             batch = self._learner.executor.load(sample) if is_on_host else sample()
+            if isinstance(self.replay_buffer, HerReplayBuffer):
+                check_finite("reward", batch.rewards.numpy(force=True), RELABELLED)
             self._record_metrics()  # of the last call: the device had the time of loading to finish it
             history.append(self._learner.run_update(batch, self.gamma, self.tau, self.max_grad_norm))
             self._n_updates += 1
@@ -343,7 +357,11 @@ class FlowActorCritic(PersistentAlgorithm):
         if self._metrics is None:
             return
         names, means = self._metrics
-        for name, value in zip(names, means.tolist(), strict=True):
+        values = dict(zip(names, means.tolist(), strict=True))
+        for name in ("critic_loss", "actor_loss"):
+            if not math.isfinite(values[name]):
+                raise RuntimeError(f"The {name.replace('_', ' ')} is {values[name]}: {DESTROYED}")
+        for name, value in values.items():
             self.logger.record(f"train/{name}", value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self._metrics = None

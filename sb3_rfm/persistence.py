@@ -11,6 +11,7 @@ from typing import IO, Any, TypeVar
 import torch as th
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.save_util import open_path
@@ -158,6 +159,9 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
             raise ValueError(f"The run had {description['n_envs']} environments, env has {vec_env.num_envs}.")
         model._set_replay_buffer(buffer, truncate_last_traj=False)
         checkpoint.restore_env(vec_env, state)
+        if state["envs"] is None:  # the next episode begins when learning does
+            checkpoint.end_trajectories(buffer)
+            model._last_obs = None
         checkpoint.set_random_state(model, state["random"])
         return model
 
@@ -166,12 +170,14 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         return {}
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
-        in_episode, noise = self._last_obs is not None, copy.deepcopy(self.action_noise)
+        observation, noise = self._last_obs, self.action_noise
+        states = [copy.deepcopy(vars(part)) for part in _parts(noise)]
         result = super()._setup_learn(total_timesteps, *args, **kwargs)
-        kept = type(noise) is type(self.action_noise)  # it may have been made for more environments
-        if in_episode and kept and self.num_timesteps > 0:
+        goes_on = observation is not None and self._last_obs is observation and self.num_timesteps > 0
+        if goes_on and self.action_noise is noise:
             # Where the run goes on in the middle of an episode, so does the noise, which SB3 has just reset.
-            self.action_noise = noise
+            for part, state in zip(_parts(noise), states, strict=True):
+                vars(part).update(state)
         return result
 
     @property
@@ -194,20 +200,23 @@ class PersistentModel(BaseModel):
         return super()._get_constructor_parameters() | {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     @classmethod
-    def load(cls: type[SelfModel], path: str, device: th.device | str = "auto", trusted: bool = False) -> SelfModel:
+    def load(cls: type[SelfModel], path: FilePath, device: th.device | str = "auto", trusted: bool = False) -> SelfModel:
         """Load a network from the file that ``save`` wrote.
 
-        :param path: Path of the file
+        :param path: Path of the file, or a file-like
         :param device: Where to put the network
         :param trusted: Read everything, as SB3 does: this runs any code that the file contains
         :raises ~sb3_rfm.safe_pickle.RefusedError: where the file refers to anything but known data types, unless ``trusted``
         """
         if trusted:
-            return super().load(path, device)
+            return super().load(path, device)  # type: ignore[arg-type]
         device = get_device(device)
-        safe_pickle.check_torch_file(path)
+        is_path = isinstance(path, (str, pathlib.Path))
+        content = io.BytesIO(pathlib.Path(path).read_bytes() if is_path else _read(path, suffix="pth"))  # type: ignore[arg-type]
+        name = str(path) if is_path else "the file"
+        safe_pickle.check_torch_file(content, name)
         try:
-            saved = th.load(path, map_location=device, weights_only=False, pickle_module=safe_pickle)
+            saved = th.load(content, map_location=device, weights_only=False, pickle_module=safe_pickle)
         except safe_pickle.RefusedError as error:
             raise safe_pickle.RefusedError(safe_pickle.refusal(f"file {path}", str(error))) from None
         model = cls(**saved["data"])
@@ -218,6 +227,15 @@ class PersistentModel(BaseModel):
 def _read(path: FilePath, suffix: str) -> bytes:
     file = open_path(path, "r", suffix=suffix)  # type: ignore[arg-type]
     if file is path:
+        if file.seekable():  # it may have been written just now
+            file.seek(0)
         return file.read()
     with file:
         return file.read()
+
+
+def _parts(noise: ActionNoise | None) -> list[ActionNoise]:
+    """The noises of all environments, which are what has a state."""
+    if isinstance(noise, VectorizedActionNoise):
+        return noise.noises
+    return [] if noise is None else [noise]

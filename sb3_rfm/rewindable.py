@@ -9,6 +9,8 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 
@@ -71,7 +73,8 @@ class Rewindable(gym.Wrapper):
 
 
 def make_rewindable(env: VecEnv) -> bool:
-    """Wrap the environments of a ``DummyVecEnv`` in :class:`Rewindable` where they need it.
+    """Wrap the environments of a ``DummyVecEnv`` in :class:`Rewindable` where it is not the outermost wrapper, unless they
+    have ``get_run_state`` and ``set_run_state`` of their own, and no wrappers but SB3's ``Monitor``.
 
     :param env: Vectorised environment
     :return: Whether any was wrapped; they must then be reset
@@ -79,10 +82,20 @@ def make_rewindable(env: VecEnv) -> bool:
     base = env.unwrapped
     if not isinstance(base, DummyVecEnv):
         return False
-    missing = [i for i, inner in enumerate(base.envs) if not inner.has_wrapper_attr("get_run_state")]
+    missing = [i for i, inner in enumerate(base.envs) if not _keeps_its_state(inner)]
     for i in missing:
         base.envs[i] = Rewindable(base.envs[i])
     return bool(missing)
+
+
+def _keeps_its_state(env: gym.Env) -> bool:
+    """Whether what the environment says of its state is all there is: a wrapper around it would have a state of its own. Of
+    SB3's ``Monitor``, and of the checks that ``gym.make`` adds, nothing but a reset is needed."""
+    if isinstance(env, Rewindable):
+        return True
+    while isinstance(env, (Monitor, OrderEnforcing, PassiveEnvChecker)):
+        env = env.env
+    return not isinstance(env, Rewindable) and hasattr(type(env), "get_run_state") and hasattr(type(env), "set_run_state")
 
 
 def _equal(a: Any, b: Any) -> bool:

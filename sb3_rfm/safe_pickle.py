@@ -240,18 +240,20 @@ def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = ()
     return set(data)
 
 
-def check_torch_file(path: str) -> None:
+def check_torch_file(file: IO[bytes], name: str) -> None:
     """Check that a file is what ``torch.save`` writes: an archive of one pickle and tensors.
 
-    :param path: The file
+    :param file: The file; it is at its beginning afterwards
+    :param name: Its name, for errors
     :raises ValueError: for anything else; TorchScript, which ``torch.load`` would run, is refused too
     """
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} was not written by torch.save, or it is truncated.")
-    with zipfile.ZipFile(path) as archive:
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{name} was not written by torch.save, or it is truncated.")
+    with zipfile.ZipFile(file) as archive:
         members = {name.rpartition("/")[2] for name in archive.namelist()}
     if "data.pkl" not in members or "constants.pkl" in members:
-        raise ValueError(f"{path} does not hold a network saved by Stable-Baselines3.")
+        raise ValueError(f"{name} does not hold a network saved by Stable-Baselines3.")
+    file.seek(0)
 
 
 def refusal(what: str, reference: str) -> str:

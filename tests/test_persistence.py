@@ -19,6 +19,7 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.envs import BitFlippingEnv
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
@@ -129,6 +130,11 @@ def test_networks_can_be_saved_alone(tmp_path: Path) -> None:
     for saved, loaded in ((model.policy, policy), (model.actor, actor)):
         before, after = (network.predict(OBSERVATIONS, deterministic=True)[0] for network in (saved, loaded))
         np.testing.assert_array_equal(before, after)
+    file = io.BytesIO()
+    model.policy.save(file)
+    np.testing.assert_array_equal(
+        FlowPolicy.load(file).predict(OBSERVATIONS, deterministic=True)[0], policy.predict(OBSERVATIONS, deterministic=True)[0]
+    )
     model.critic.save(str(tmp_path / "critic"))
     critic, obs = QCritic.load(str(tmp_path / "critic")), th.as_tensor(OBSERVATIONS)
     for before, after in zip(model.critic(obs, obs[:, :1]), critic(obs, obs[:, :1]), strict=True):
@@ -414,6 +420,59 @@ def test_resume_environments_in_processes(tmp_path: Path) -> None:
     same_after_resume(make_env, tmp_path, steps=120)
 
 
+class Own(gym.Wrapper):
+    """An environment that knows its own state."""
+
+    def get_run_state(self) -> np.ndarray:
+        return self.unwrapped.state
+
+    def set_run_state(self, state: np.ndarray) -> None:
+        self.unwrapped.state = state
+
+
+@pytest.mark.parametrize(
+    "make_env",
+    [
+        lambda: Rewindable(gym.make("Pendulum-v1")),
+        lambda: gym.wrappers.TimeLimit(Rewindable(gym.make("Pendulum-v1")), 25),
+        lambda: gym.wrappers.FrameStackObservation(Rewindable(gym.make("Pendulum-v1")), 3),
+        lambda: Own(gym.make("Pendulum-v1")),
+        lambda: gym.wrappers.TimeLimit(Own(gym.make("Pendulum-v1")), 25),
+        lambda: SubprocVecEnv([lambda: Monitor(Rewindable(gym.make("Pendulum-v1")))] * 2),
+    ],
+    ids=["beneath SB3's monitor", "time limit", "frame stack", "own state", "own state, time limit", "processes"],
+)
+def test_resume_wrapped_environments(make_env: Any, tmp_path: Path) -> None:
+    same_after_resume(make_env, tmp_path, steps=70)
+
+
+def test_resume_without_a_state_begins_an_episode(tmp_path: Path) -> None:
+    def make_env() -> SubprocVecEnv:
+        return SubprocVecEnv([lambda: gym.make("Pendulum-v1")] * 2)
+
+    with pytest.warns(UserWarning, match="begin a new episode"):
+        RFM("MlpPolicy", make_env(), **TINY).learn(60, callback=RunCheckpoint(20, tmp_path))
+    resumed = RFM.resume(tmp_path, env=make_env())
+    resumed.learn(20, reset_num_timesteps=False)
+    assert resumed.num_timesteps == 80
+    buffer = resumed.replay_buffer
+    assert (
+        buffer.dones[29].all() and buffer.timeouts[29].all() and not buffer.dones[:29].any() and not buffer.dones[30:40].any()
+    )
+    rewindable = DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 2)
+    RFM("MlpPolicy", rewindable, **TINY).learn(20, callback=RunCheckpoint(20, tmp_path / "rewindable"))
+    with pytest.raises(ValueError, match="wrap them in Rewindable"):
+        RFM.resume(tmp_path / "rewindable", env=make_env())
+
+
+def test_a_checkpoint_in_the_middle_of_a_run_ends_the_episode(tmp_path: Path) -> None:
+    """The environment is wrapped, and reset for it."""
+    env = gym.wrappers.TimeLimit(BitFlippingEnv(n_bits=8, continuous=True, max_steps=100), 7)
+    model = RFM("MultiInputPolicy", env, **TINY, replay_buffer_class=HerReplayBuffer).learn(24)
+    model.learn(20, reset_num_timesteps=False, callback=RunCheckpoint(50, tmp_path))
+    assert model.replay_buffer.ep_length.max() <= 7
+
+
 def test_resume_n_step_returns_and_episodes(tmp_path: Path) -> None:
     def make_env() -> gym.Env:
         return gym.make("Pendulum-v1", max_episode_steps=20)
@@ -520,6 +579,15 @@ def test_action_noise_begins_anew_where_the_episode_does() -> None:
     model.set_env(gym.make("Pendulum-v1"))
     model.learn(0, reset_num_timesteps=False)
     assert model.action_noise.noise_prev == 0
+
+
+def test_action_noise_stays_the_object_that_was_given() -> None:
+    """So that it can be changed between two calls of ``learn``."""
+    noise = OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1))
+    model = RFM("MlpPolicy", "Pendulum-v1", **TINY, action_noise=noise).learn(20)
+    before = noise.noise_prev
+    model.learn(0, reset_num_timesteps=False)
+    assert model.action_noise is noise and noise.noise_prev == before != 0
 
 
 def test_n_step_returns_follow_the_discount_of_now(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
