@@ -12,7 +12,8 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from scipy import stats
-from stable_baselines3 import SAC
+from stable_baselines3 import SAC, HerReplayBuffer
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.utils import LinearSchedule
 from tiny import TINY
 from torch import Tensor
@@ -236,6 +237,52 @@ def test_the_first_observation_must_be_finite_too() -> None:
 
     with pytest.raises(ValueError, match=r"observation.*not finite"):
         RFM("MlpPolicy", Broken(), **TINY).learn(5)
+
+
+def test_nothing_is_learned_from_goals_with_infinite_rewards() -> None:
+    class Distance(BitFlippingEnv):
+        def compute_reward(self, achieved: Any, desired: Any, info: Any) -> Any:
+            with np.errstate(divide="ignore"):
+                distance = -np.log(np.abs(np.asarray(achieved) - desired).sum(-1))
+            return np.where(np.isfinite(distance) | (np.ndim(distance) > 0), distance, 0.0).astype(np.float32)
+
+    model = RFM("MultiInputPolicy", Distance(n_bits=3, continuous=True), **TINY, replay_buffer_class=HerReplayBuffer)
+    with pytest.raises(ValueError, match=r"(?s)reward is not finite.*HerReplayBuffer"):
+        model.learn(40)
+    assert all(bool(th.isfinite(tensor).all()) for tensor in weights(model))
+
+
+def test_what_single_precision_cannot_hold_is_not_finite() -> None:
+    class Huge(ConstantReward):
+        observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float64)
+
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            _, *rest = super().step(action)
+            return np.array([1e39]), *rest
+
+    with pytest.raises(ValueError, match=r"observation is not finite.*1\.e\+39"):
+        RFM("MlpPolicy", Huge(), **TINY).learn(5)
+
+
+def test_weights_that_are_lost_are_noticed() -> None:
+    model = RFM("MlpPolicy", Spring(), **TINY).learn(20)
+    with th.no_grad():
+        model.actor.network.output_layer.bias.fill_(th.nan)
+    with pytest.raises(RuntimeError, match=r"loss is nan: the weights are lost"):
+        model.train(1, 8)
+
+
+def test_arguments_may_be_shared_with_sac() -> None:
+    """Which writes into ``policy_kwargs``."""
+    shared: dict[str, Any] = {"net_arch": [8]}
+    SAC("MlpPolicy", Spring(), policy_kwargs=shared)
+    assert RFM("MlpPolicy", Spring(), policy_kwargs=shared).policy.net_arch == [8]
+
+
+@pytest.mark.parametrize("coefficient", [1.0, np.zeros(2), [0.0, 0.0]], ids=str)
+def test_a_fixed_coefficient_is_no_argument(coefficient: Any) -> None:
+    with pytest.raises(ValueError, match=r"coefficient must be left out: QNE fixes it at 0\.0"):
+        QNE("MlpPolicy", Spring(), coefficient=coefficient)
 
 
 def test_each_state_asks_one_of_the_critics_about_its_candidates() -> None:
