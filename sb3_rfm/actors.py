@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
-from sb3_rfm.arguments import check_observation
+from sb3_rfm.arguments import WEIGHTS_LOST, check_finite, check_observation
 from sb3_rfm.checks import check_integer
 from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
 from sb3_rfm.paths import Path, get_path
@@ -81,10 +81,13 @@ class BoundedPolicy(PersistentModel, BasePolicy):
     def predict(self, observation: Any, *args: Any, **kwargs: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Actions for observations; see SB3's ``BasePolicy.predict``.
 
-        :raises ValueError: for observations of another shape or with other entries, and where they are not finite
+        :raises ValueError: for observations of another shape or with other entries, and where they or the actions are not
+            finite
         """
         check_observation(observation, self.observation_space)
-        return super().predict(observation, *args, **kwargs)
+        actions, states = super().predict(observation, *args, **kwargs)
+        check_finite("action", actions, WEIGHTS_LOST)
+        return actions, states
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
         """Rescale actions from the action space to [-1, 1]; 0 where the box has no extent."""

@@ -18,6 +18,11 @@ from sb3_rfm.dict_observations import scalar_keys
 AUTO_TEMPERATURE = 0.05
 """``temperature="auto"`` is ``"auto_0.05"``."""
 
+WEIGHTS_LOST = (
+    "The weights are lost: numbers too large for the networks have come from the environment, or the learning rate is far too "
+    "high. Go on from a model that was saved before."
+)
+
 OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict)
 
 

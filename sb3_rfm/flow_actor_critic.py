@@ -13,7 +13,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule, TrainFrequencyUnit
@@ -22,6 +22,7 @@ from torch.distributions import Distribution
 
 from sb3_rfm.actors import FlowActor, check_sampler
 from sb3_rfm.arguments import (
+    WEIGHTS_LOST,
     check_algorithm,
     check_finite,
     check_policy_name,
@@ -52,10 +53,6 @@ SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
 
 RELABELLED = (
     "HerReplayBuffer computed it for another goal. Nothing was learned from it: the weights are as before this update."
-)
-DESTROYED = (
-    "the weights are lost. Numbers too large for the networks have come from the environment, or the learning rate is far too "
-    "high. Go on from a model that was saved before."
 )
 NOT_LEARNED = (
     "The environment returned it. Nothing was learned from it: the weights and the replay buffer are as before this step."
@@ -128,6 +125,7 @@ class FlowActorCritic(PersistentAlgorithm):
     default_coefficient: ClassVar[Coefficient | None] = None
     coefficient_is_fixed: ClassVar[bool] = True
     _metrics: tuple[list[str], Tensor] | None = None
+    _default_buffer: type[ReplayBuffer] | None = None
 
     def __init__(
         self,
@@ -221,12 +219,14 @@ class FlowActorCritic(PersistentAlgorithm):
         if self.coefficient is None:
             self.coefficient = self.default_coefficient
         self._check_arguments()
-        if self.replay_buffer_class is None and self.n_steps == 1 and scalar_keys(self.observation_space):
-            self.replay_buffer_class = DictBuffer
-        if self.replay_buffer_class is NStepReplayBuffer and self.n_steps > 1 and "gamma" in self.replay_buffer_kwargs:
-            # Of a saved model: SB3 chose it, and chooses it again with the n_steps and gamma of now.
-            self.replay_buffer_class = None
+        chosen_here = self.replay_buffer_class in (None, self._default_buffer)
+        if chosen_here:
+            # Also that of a saved model is chosen again, for the n_steps and gamma of now.
+            use_own = self.n_steps == 1 and scalar_keys(self.observation_space)
+            self.replay_buffer_class = DictBuffer if use_own else None
+            self.replay_buffer_kwargs = {k: v for k, v in self.replay_buffer_kwargs.items() if k not in ("n_steps", "gamma")}
         super()._setup_model()
+        self._default_buffer = self.replay_buffer_class if chosen_here else None
         self.policy.configure_sampling(
             self.path, self.source, self.sampler, self.integration_steps, self.n_particles, self.t_min
         )
@@ -360,7 +360,7 @@ class FlowActorCritic(PersistentAlgorithm):
         values = dict(zip(names, means.tolist(), strict=True))
         for name in ("critic_loss", "actor_loss"):
             if not math.isfinite(values[name]):
-                raise RuntimeError(f"The {name.replace('_', ' ')} is {values[name]}: {DESTROYED}")
+                raise RuntimeError(f"The {name.replace('_', ' ')} is {values[name]}. {WEIGHTS_LOST}")
         for name, value in values.items():
             self.logger.record(f"train/{name}", value)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -10,7 +10,7 @@ from typing import IO, Any, TypeVar
 
 import torch as th
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BaseModel
@@ -100,6 +100,9 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
             buffer.set_env(self.env)
             if truncate_last_traj:
                 buffer.truncate_last_trajectory()
+        if isinstance(buffer, NStepReplayBuffer) and isinstance(self.replay_buffer, NStepReplayBuffer):
+            # It holds single steps: how many make a return, and their discount, are the model's.
+            buffer.n_steps, buffer.gamma = self.replay_buffer.n_steps, self.replay_buffer.gamma
         buffer.device = self.device
         self.replay_buffer = buffer
 

@@ -118,7 +118,8 @@ def denoise(
     """
     if not 0 <= noise_scale <= 1:
         raise ValueError(f"noise_scale must be from 0 (ODE) to 1 (reverse SDE), got {noise_scale}.")
-    if times.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if times.device.type == "cpu" and not traced:
         _check_times(times)
     alpha, sigma = path.alpha(times), path.sigma(times)
     for i in range(len(times) - 1):

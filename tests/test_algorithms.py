@@ -268,8 +268,10 @@ def test_weights_that_are_lost_are_noticed() -> None:
     model = RFM("MlpPolicy", Spring(), **TINY).learn(20)
     with th.no_grad():
         model.actor.network.output_layer.bias.fill_(th.nan)
-    with pytest.raises(RuntimeError, match=r"loss is nan: the weights are lost"):
+    with pytest.raises(RuntimeError, match=r"loss is nan\. The weights are lost"):
         model.train(1, 8)
+    with pytest.raises(ValueError, match=r"action is not finite.*The weights are lost"):
+        model.predict(np.zeros(2, np.float32))
 
 
 def test_arguments_may_be_shared_with_sac() -> None:

@@ -50,6 +50,9 @@ def test_tasks_weigh_the_same_however_many_seeds_they_have() -> None:
     few, many = np.array([0.0, 0.0]), np.array([1.0] * 6)
     assert statistics.interquartile_mean([few, many]).value == pytest.approx(0.5)
     assert statistics.performance_profile([few, many], np.array([0.5]))[0].value == pytest.approx(0.5)
+    twice = [np.array([score, score]) for score in scores[0]]
+    once_less = [twice[0][:1], *twice[1:]]
+    assert statistics.interquartile_mean(once_less).value == pytest.approx(statistics.interquartile_mean(twice).value)
     mixed = statistics.interquartile_mean([np.array([0.1, 0.3]), np.repeat([0.2, 0.6], 4)])
     assert mixed.low < mixed.value < mixed.high
 
@@ -750,6 +753,7 @@ def test_a_cluster_does_a_run_again_whose_worker_was_killed(tmp_path: Path) -> N
         (["run", "--set", "nonsense"], "--set expects argument=value"),
         (["report", "/nonexistent"], "There are no evaluated runs in /nonexistent."),
         (["run", "--jobs", "0"], "argument --jobs: expected a whole number from 1 on, got 0"),
+        (["run", "--gpus", "0.5"], "--gpus is for --engine ray"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments: list[str], explanation: str, capsys: pytest.CaptureFixture[str]) -> None:

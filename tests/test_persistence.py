@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.buffers import NStepReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.monitor import Monitor
@@ -590,9 +590,22 @@ def test_action_noise_stays_the_object_that_was_given() -> None:
 
 def test_n_step_returns_follow_the_discount_of_now(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     RFM("MlpPolicy", "Pendulum-v1", **TINY, n_steps=3).save(tmp_path / "m")
-    buffer = RFM.load(tmp_path / "m", gamma=0.5).replay_buffer
-    assert (type(buffer), buffer.n_steps, buffer.gamma) == (NStepReplayBuffer, 3, 0.5)
+    model = RFM.load(tmp_path / "m", gamma=0.5)
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = RFM.load(tmp_path / "m", gamma=0.7, n_steps=5)
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    for buffer, expected in ((model.replay_buffer, (3, 0.5)), (loaded.replay_buffer, (5, 0.7))):
+        assert (type(buffer), buffer.n_steps, buffer.gamma) == (NStepReplayBuffer, *expected)
+    assert type(RFM.load(tmp_path / "m", n_steps=1).replay_buffer) is ReplayBuffer
+    RFM("MlpPolicy", "Pendulum-v1", **TINY).save(tmp_path / "single")
+    assert type(RFM.load(tmp_path / "single", n_steps=3).replay_buffer) is NStepReplayBuffer
     assert not [warning for warning in recwarn if "n_steps" in str(warning.message)]
+    own = {"n_steps": 3, "gamma": 0.5}
+    with pytest.warns(UserWarning, match="is ignored"):  # SB3's, of the argument n_steps
+        named = RFM(
+            "MlpPolicy", "Pendulum-v1", **TINY, n_steps=5, replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=own
+        ).replay_buffer
+    assert (named.n_steps, named.gamma) == (3, 0.5)
 
 
 def test_replay_buffer_of_other_environments_is_refused(tmp_path: Path) -> None:

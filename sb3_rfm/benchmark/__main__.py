@@ -99,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
         except ModuleNotFoundError as error:
             raise ValueError(f"--engine ray needs Ray: pip install 'sb3_rfm[cluster]' ({error}).") from error
         engine = RayEngine(args.threads, args.gpus, options)
+    elif args.gpus:
+        raise ValueError("--gpus is for --engine ray; runs on this machine share its GPU as they are.")
     else:
         engine = LocalEngine(args.jobs, args.threads, options)
     for spec in specs:  # a refusal leaves all of them as they are

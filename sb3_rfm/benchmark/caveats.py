@@ -96,7 +96,7 @@ def mixtures(results: Results) -> list[str]:
         numbers = {
             "with {} settings": len(runs[SETTING].drop_duplicates()),
             "with {} versions of sb3_rfm": versions[runs.index].nunique(),
-            "at {} commits": runs["commit"].nunique(),
+            "at {} commits": len({commit for all_of_run in runs["commit"].fillna("") for commit in all_of_run.split()}),
         }
         if several := [how.format(n) for how, n in numbers.items() if n > 1]:
             sentences.append(f"The runs of {algo} were made {', '.join(several)}.")

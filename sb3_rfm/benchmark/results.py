@@ -41,9 +41,11 @@ class Results:
     def load(cls, root: Path) -> "Results":
         """Read a results folder, or one that :meth:`save` wrote.
 
-        :raises ValueError: if there are no runs, or if two folders hold the same one
+        :raises ValueError: if there are no runs, if two folders hold the same one, or if one of the two tables is missing
         """
         if (root / "runs.csv").exists():
+            if not (root / "evaluations.csv").exists():
+                raise ValueError(f"{root} has a runs.csv, but no evaluations.csv, which belongs to it.")
             return cls(pd.read_csv(root / "runs.csv"), pd.read_csv(root / "evaluations.csv"))
         runs, evaluations = [], []
         places: dict[tuple[str, str, int], Path] = {}

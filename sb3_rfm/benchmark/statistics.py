@@ -45,11 +45,11 @@ def mean(values: np.ndarray) -> Estimate:
 def interquartile_mean(scores: Scores) -> Estimate:
     """Weighted mean of the middle half of all runs, with its stratified bootstrap interval.
 
-    The weight cut off at each end is that of a quarter of the runs, rounded down, as in ``scipy.stats.trim_mean`` and
-    ``rliable``: with the same number of runs for every task, the three agree.
+    A quarter of the weight is cut off at each end, of a run on the border a part. ``scipy.stats.trim_mean`` and ``rliable``
+    round to whole runs, and agree where each task has the same number of runs and all of them can be divided by four.
     """
     weights = np.concatenate([np.full(len(task), 1 / (len(scores) * len(task))) for task in scores])
-    cut = len(weights) // 4 / len(weights)
+    cut = 0.25
 
     def statistic(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
         values = np.concatenate(samples, axis=axis)

@@ -167,7 +167,8 @@ class Recorder(BaseCallback):
 
     def _on_step(self) -> bool:
         step = self.num_timesteps
-        if step % self.spec.eval_every == 0 or step == self.spec.steps:
+        # Where updates come once an episode, the last of them goes on for a while.
+        if step <= self.spec.steps and (step % self.spec.eval_every == 0 or step == self.spec.steps):
             self.record(self.model)
         elif time.monotonic() - self.last_status > STATUS_INTERVAL:
             self.write_status(step)
