@@ -709,11 +709,23 @@ def test_what_becomes_of_a_run_that_ends(
 def test_a_failed_run_is_shown_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sb3_rfm.benchmark.runner.POLL_SECONDS", 0.0)
     folder = RunFolder.create(tmp_path, spec())
-    (folder.path / "log.txt").write_text("Traceback\nValueError: no [such] thing\n\n")
+    (folder.path / "log.txt").write_text("Traceback\nValueError: no [such] thing\ntensor([nan])\n\n")
     console = Console(width=80)
     with console.capture() as capture:
         Sweep([folder], ScriptedEngine(1), console).run()
     assert f"failed: {folder.path / 'log.txt'}: ValueError: no [such] thing\n" in capture.get()
+
+
+def test_a_killed_run_is_no_riddle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_rfm.benchmark.runner.POLL_SECONDS", 0.0)
+    folder = RunFolder.create(tmp_path, spec())
+    folder.set_status(state="running", step=50)
+    (folder.path / "log.txt").write_text("a warning of a library\n")
+    console = Console(width=80)
+    with console.capture() as capture:
+        Sweep([folder], ScriptedEngine(-9, -9, -9, -9), console).run()
+    assert f"failed: {folder.path / 'log.txt'}: killed by SIGKILL, 4 times; for want of memory?\n" in capture.get()
+    assert folder.status["state"] == "failed"
 
 
 def test_remaining_time_and_table(tmp_path: Path) -> None:

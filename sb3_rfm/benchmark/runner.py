@@ -5,16 +5,19 @@ another process is doing is waited for, so that several machines may share a fol
 """
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+from filelock import Timeout
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -145,6 +148,7 @@ class Sweep:
         self.pending = [folder for folder in self.folders if not folder.finished]
         self.running: dict[Path, Job] = {}
         self.failed: list[RunFolder] = []
+        self.killed_by: dict[Path, str] = {}
         self.retry_at: dict[Path, float] = {}
         self.kills: dict[Path, int] = {}
         self.first_step: dict[Path, tuple[float, int]] = {}
@@ -178,7 +182,8 @@ class Sweep:
         self.console.print(self.summary())
         for folder in self.failed:
             # Neither broken into lines nor read as markup: it is a path to copy.
-            self.console.print(f"failed: {folder.path / 'log.txt'}: {last_line_of(folder)}", soft_wrap=True, markup=False)
+            reason = self.killed_by.get(folder.path) or error_of(folder)
+            self.console.print(f"failed: {folder.path / 'log.txt'}: {reason}", soft_wrap=True, markup=False)
         return self.failed
 
     def _start(self) -> None:
@@ -209,6 +214,11 @@ class Sweep:
                 self.first_step.pop(folder.path, None)  # its speed is measured anew
             elif status != 0:
                 self.failed.append(folder)
+                if status < 0:  # it had no time to say so
+                    name = signal.Signals(-status).name
+                    self.killed_by[folder.path] = f"killed by {name}, {MAX_KILLS + 1} times; for want of memory?"
+                    with suppress(Timeout), folder.lock:  # unless another one has taken it up
+                        folder.set_status(state="failed")
             elif not folder.finished:  # it was asked for more steps meanwhile
                 self.pending.append(folder)
             if not self.console.is_terminal and status != BUSY:
@@ -299,11 +309,12 @@ class Sweep:
         return table
 
 
-def last_line_of(folder: RunFolder) -> str:
-    """The last that the process of a run printed: the error, where it failed."""
+def error_of(folder: RunFolder) -> str:
+    """The error of a run that failed, by its log: the last line that begins with the name of one, else the last."""
     log = folder.path / "log.txt"
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-    return next((line for line in reversed(lines) if line.strip()), "no output")
+    lines = [line for line in lines if line.strip()] or ["no output"]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)), lines[-1])
 
 
 def duration(seconds: float) -> str:
