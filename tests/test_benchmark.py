@@ -451,7 +451,7 @@ def test_a_report_of_partial_results(tmp_path: Path) -> None:
         "|---|---|---|---|",
         "| fish-swim | 100 |  | 200 |",
         "| walker-run | 450 (400, 500) | 430 | 420 |",
-        "| interquartile mean of scores, 2 tasks | 0.275 |  | 0.310 |",
+        "| interquartile mean of scores, 2 tasks | 0.250 |  | 0.310 |",
         "| interquartile mean of scores, 1 task | 0.450 [0.400, 0.500] | 0.430 | 0.420 |",
     ]
     assert "2 runs left out, unfinished: fish-swim qne seed 0 (0 steps), fish-swim sac seed 1 (failed, 50 steps)." in page
