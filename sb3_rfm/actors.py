@@ -24,7 +24,7 @@ from sb3_rfm.checks import check_integer
 from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
 from sb3_rfm.paths import Path, get_path
 from sb3_rfm.persistence import PersistentModel
-from sb3_rfm.samplers import denoise, langevin, time_grid
+from sb3_rfm.samplers import denoise_unchecked, langevin, time_grid
 from sb3_rfm.sources import GaussianSource, Source, get_source
 
 LATENT_BOUND = 4.0
@@ -236,11 +236,11 @@ class FlowActor(BoundedPolicy):
             # the path's density is nearly the target's own.
             t = times[-2]
             alpha, sigma = path.alpha(t), path.sigma(t)
-            x = denoise(data_prediction, x, times[:-1], path)
+            x = denoise_unchecked(data_prediction, x, times[:-1], path)
             x = langevin(lambda u: (alpha * data_prediction(u, t) - u) / sigma**2, x, 0.5 * sigma**2, n_steps=1)
             return data_prediction(x, t)
         noise_scale = 1.0 if self.sampler == "sde" and not deterministic else 0.0
-        return denoise(data_prediction, x, times, path, noise_scale)
+        return denoise_unchecked(data_prediction, x, times, path, noise_scale)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._predict(obs, deterministic)

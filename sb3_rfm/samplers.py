@@ -113,14 +113,24 @@ def denoise(
         Gaussian source only, of which the fresh noise is (others: :func:`integrate_sde`)
     :param generator: Source of the fresh noise
     :return: State at ``times[-1]``, (B, ..., D)
-    :raises ValueError: for a ``noise_scale`` outside [0, 1], for times that do not increase (not looked at on a GPU, for which
-        one would have to wait), or a prediction of another shape than ``x``
+    :raises ValueError: for a ``noise_scale`` outside [0, 1], for times that do not increase, or a prediction of another shape
+        than ``x``
     """
     if not 0 <= noise_scale <= 1:
         raise ValueError(f"noise_scale must be from 0 (ODE) to 1 (reverse SDE), got {noise_scale}.")
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if times.device.type == "cpu" and not traced:
-        _check_times(times)
+    _check_times(times)
+    return denoise_unchecked(data_prediction, x, times, path, noise_scale, generator)
+
+
+def denoise_unchecked(
+    data_prediction: Field,
+    x: Tensor,
+    times: Tensor,
+    path: Path,
+    noise_scale: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The function behind :func:`denoise`, which looks at no number and can be compiled; the parameters are the same."""
     alpha, sigma = path.alpha(times), path.sigma(times)
     for i in range(len(times) - 1):
         x_1 = _of_shape("data_prediction", data_prediction(x, times[i]), x)
