@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
-from sb3_rfm.arguments import WEIGHTS_LOST, check_finite, check_observation
+from sb3_rfm.arguments import WEIGHTS_LOST, check_observation
 from sb3_rfm.checks import check_integer
 from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
 from sb3_rfm.paths import Path, get_path
@@ -86,7 +86,8 @@ class BoundedPolicy(PersistentModel, BasePolicy):
         """
         check_observation(observation, self.observation_space)
         actions, states = super().predict(observation, *args, **kwargs)
-        check_finite("action", actions, WEIGHTS_LOST)
+        if not np.isfinite(actions).all():
+            raise ValueError(f"The action is not finite: {actions}. {WEIGHTS_LOST}")
         return actions, states
 
     def scale_action(self, action: np.ndarray) -> np.ndarray:
