@@ -237,11 +237,11 @@ class FlowActor(BoundedPolicy):
             # the path's density is nearly the target's own.
             t = times[-2]
             alpha, sigma = path.alpha(t), path.sigma(t)
-            x = denoise_unchecked(data_prediction, x, times[:-1], path)
+            x = denoise_unchecked(data_prediction, x, times[:-1], path, 0.0, None)
             x = langevin(lambda u: (alpha * data_prediction(u, t) - u) / sigma**2, x, 0.5 * sigma**2, n_steps=1)
             return data_prediction(x, t)
         noise_scale = 1.0 if self.sampler == "sde" and not deterministic else 0.0
-        return denoise_unchecked(data_prediction, x, times, path, noise_scale)
+        return denoise_unchecked(data_prediction, x, times, path, noise_scale, None)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._predict(obs, deterministic)

@@ -270,7 +270,9 @@ def end_trajectories(buffer: ReplayBuffer) -> None:
     :param buffer: Replay buffer
     """
     if isinstance(buffer, HerReplayBuffer):
-        buffer.truncate_last_trajectory()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SB3's, for those who did not mean to
+            buffer.truncate_last_trajectory()
     elif buffer.size() > 0:
         last = (buffer.pos - 1) % buffer.buffer_size
         under_way = buffer.dones[last] == 0

@@ -125,7 +125,7 @@ class FlowActorCritic(PersistentAlgorithm):
     default_coefficient: ClassVar[Coefficient | None] = None
     coefficient_is_fixed: ClassVar[bool] = True
     _metrics: tuple[list[str], Tensor] | None = None
-    _default_buffer: type[ReplayBuffer] | None = None
+    _default_buffer: type[ReplayBuffer] | None = None  # the class of replay buffer, where the user has named none
 
     def __init__(
         self,
@@ -219,14 +219,13 @@ class FlowActorCritic(PersistentAlgorithm):
         if self.coefficient is None:
             self.coefficient = self.default_coefficient
         self._check_arguments()
-        chosen_here = self.replay_buffer_class in (None, self._default_buffer)
-        if chosen_here:
-            # Also that of a saved model is chosen again, for the n_steps and gamma of now.
-            use_own = self.n_steps == 1 and scalar_keys(self.observation_space)
-            self.replay_buffer_class = DictBuffer if use_own else None
+        is_default = self.replay_buffer_class in (None, self._default_buffer)
+        if is_default:  # that of a saved model, too, is chosen for the n_steps and gamma of now
+            has_scalars = self.n_steps == 1 and scalar_keys(self.observation_space)
+            self.replay_buffer_class = DictBuffer if has_scalars else None  # None: SB3 chooses
             self.replay_buffer_kwargs = {k: v for k, v in self.replay_buffer_kwargs.items() if k not in ("n_steps", "gamma")}
         super()._setup_model()
-        self._default_buffer = self.replay_buffer_class if chosen_here else None
+        self._default_buffer = self.replay_buffer_class if is_default else None
         self.policy.configure_sampling(
             self.path, self.source, self.sampler, self.integration_steps, self.n_particles, self.t_min
         )

@@ -59,8 +59,7 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         :raises ValueError: where the file is not a saved model, or ``kwargs`` names no attribute
         """
         # The content that is checked must be the content that is loaded, whatever happens to the file in between.
-        content = io.BytesIO(_read(path, suffix="zip"))
-        name = str(path) if isinstance(path, (str, pathlib.Path)) else str(getattr(path, "name", "the file"))
+        content, name = _read(path, suffix="zip")
         members = safe_pickle.check_model(content, name, custom_objects or (), trusted)
         unknown = kwargs.keys() - inspect.signature(cls.__init__).parameters.keys() - members
         if unknown:
@@ -214,27 +213,26 @@ class PersistentModel(BaseModel):
         if trusted:
             return super().load(path, device)  # type: ignore[arg-type]
         device = get_device(device)
-        is_path = isinstance(path, (str, pathlib.Path))
-        content = io.BytesIO(pathlib.Path(path).read_bytes() if is_path else _read(path, suffix="pth"))  # type: ignore[arg-type]
-        name = str(path) if is_path else "the file"
+        content, name = _read(path, suffix="pth")
         safe_pickle.check_torch_file(content, name)
         try:
             saved = th.load(content, map_location=device, weights_only=False, pickle_module=safe_pickle)
         except safe_pickle.RefusedError as error:
-            raise safe_pickle.RefusedError(safe_pickle.refusal(f"file {path}", str(error))) from None
+            raise safe_pickle.RefusedError(safe_pickle.refusal(f"network in {name}", str(error))) from None
         model = cls(**saved["data"])
         model.load_state_dict(saved["state_dict"])
         return model.to(device)
 
 
-def _read(path: FilePath, suffix: str) -> bytes:
+def _read(path: FilePath, suffix: str) -> tuple[io.BytesIO, str]:
+    """All of a file, and what to call it in errors; ``suffix`` is added where there is no file without it."""
     file = open_path(path, "r", suffix=suffix)  # type: ignore[arg-type]
-    if file is path:
-        if file.seekable():  # it may have been written just now
-            file.seek(0)
-        return file.read()
-    with file:
-        return file.read()
+    if file is not path:
+        with file:
+            return io.BytesIO(file.read()), str(path)
+    if file.seekable():  # it may have been written just now
+        file.seek(0)
+    return io.BytesIO(file.read()), str(getattr(file, "name", "the file"))
 
 
 def _parts(noise: ActionNoise | None) -> list[ActionNoise]:

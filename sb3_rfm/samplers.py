@@ -123,12 +123,7 @@ def denoise(
 
 
 def denoise_unchecked(
-    data_prediction: Field,
-    x: Tensor,
-    times: Tensor,
-    path: Path,
-    noise_scale: float = 0.0,
-    generator: torch.Generator | None = None,
+    data_prediction: Field, x: Tensor, times: Tensor, path: Path, noise_scale: float, generator: torch.Generator | None
 ) -> Tensor:
     """The function behind :func:`denoise`, which looks at no number and can be compiled; the parameters are the same."""
     alpha, sigma = path.alpha(times), path.sigma(times)

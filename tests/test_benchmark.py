@@ -23,7 +23,7 @@ from sb3_rfm import RFM
 from sb3_rfm.benchmark import cases, cost, figures, records, report, speed, statistics
 from sb3_rfm.benchmark.__main__ import main
 from sb3_rfm.benchmark.cases import Sizes
-from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, git_commit, write_atomic
+from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, find_runs, git_commit, write_atomic
 from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.runner import LocalEngine, Sweep, plan
 from sb3_rfm.benchmark.suites import DMC8, SETTINGS, Setting, get_algorithm, get_setting, get_tasks, make_env, parse_overrides
@@ -501,6 +501,30 @@ def test_results_in_common_are_at_a_step_that_all_runs_were_evaluated_at(tmp_pat
     results = Results.load(tmp_path)
     assert results.common_step == 60 and results.at(60).algos == results.at(None).algos == ["rfm", "sac"]
     assert results.at(None).final("dm_control/walker-run-v0", "rfm") == [3.0]
+
+
+def test_commits_are_counted_one_by_one(tmp_path: Path) -> None:
+    """A run that went on with other code has two."""
+    for seed in range(3):
+        add_run(tmp_path, "rfm", {0: 0.0, 100: 1.0}, seed=seed)
+    for folder, commits in zip(find_runs(tmp_path), (["a"], ["a", "b"], ["b"]), strict=True):
+        starts = [{"at": "2026-01-01T00:00:00+00:00", "commit": commit} for commit in commits]
+        write_atomic(folder.path / "config.json", json.dumps(folder.config | {"starts": starts}))
+    assert "The runs of rfm were made at 2 commits." in write_report(tmp_path)
+
+
+def test_half_a_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs.csv").write_text("env_id,algo,seed\n")
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path)])
+    assert "but no evaluations.csv" in capsys.readouterr().err
+
+
+def test_nothing_is_recorded_beyond_the_steps_that_were_asked_for(tmp_path: Path) -> None:
+    """Where updates come once an episode, which of Pendulum has 200 steps."""
+    folder = RunFolder.create(tmp_path, spec(algo="sac", arguments={"train_freq": [1, "episode"], "learning_starts": 300}))
+    run(folder.path)
+    assert folder.finished and [e.step for e in folder.read_evaluations()] == [0, 50, 100]
 
 
 def test_a_report_names_settings_and_commits_of_one_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
