@@ -790,9 +790,13 @@ def test_a_cluster_does_a_run_again_whose_worker_was_killed(tmp_path: Path) -> N
         (["report", "/nonexistent"], "There are no evaluated runs in /nonexistent."),
         (["run", "--jobs", "0"], "argument --jobs: expected a whole number from 1 on, got 0"),
         (["run", "--gpus", "0.5"], "--gpus is for --engine ray"),
+        (["speed", "--device", "cuda:0", "--quick"], "--device cuda:0: PyTorch sees no GPU here."),
     ],
 )
-def test_wrong_arguments_are_explained(arguments: list[str], explanation: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_explained(
+    arguments: list[str], explanation: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit):
         main(arguments)
     assert explanation in capsys.readouterr().err

@@ -120,12 +120,15 @@ def report(args: argparse.Namespace) -> int:
 
 def speed(args: argparse.Namespace) -> int:
     """Measure, print the table and write it with the figures."""
+    import torch
     from rich.console import Console
     from rich.table import Table
 
     from sb3_rfm.benchmark import cost, speed
     from sb3_rfm.benchmark.cases import available, cores
 
+    if args.device.startswith("cuda") and not torch.cuda.is_available():  # SB3 would take the CPU
+        raise ValueError(f"--device {args.device}: PyTorch sees no GPU here.")
     console = Console()
     conditions = speed.Conditions(threads=args.threads, device=args.device, execution=args.execution, rounds=args.rounds)
     if args.quick:
