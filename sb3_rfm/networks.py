@@ -6,7 +6,6 @@ context's part is computed once per state, and the time's once for all particles
 """
 
 import math
-from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -81,9 +80,13 @@ class ConditionalMLP(nn.Module):
         if x.dim() == 3:
             encoded = encoded.unsqueeze(1)
         _, weight, _ = self.first.weight.split(self.dims, dim=1)
-        with torch.autocast(x.device.type, torch.bfloat16) if reduced else nullcontext():
-            answer = self.last(self.hidden(encoded + F.linear(x, weight)))
-        return answer.float() if reduced else answer
+        if not reduced:
+            return self.last(self.hidden(encoded + F.linear(x, weight)))
+        z = encoded + _linear_bfloat16(x, weight)
+        for activation, layer in self._steps():
+            # The bias on its own: as part of the product it would be written out for each row first.
+            z = _linear_bfloat16(activation(z), layer.weight) + layer.bias
+        return z
 
     def decode_differences(self, encoded: Tensor, x: Tensor) -> Tensor:
         """Answer many queries about each context in bfloat16, precise to a fraction of the *differences* between answers.
@@ -101,14 +104,19 @@ class ConditionalMLP(nn.Module):
         # Pre-activations of the mean query (B, 1, H), and what each query adds to them (B, K, H).
         z = encoded.unsqueeze(1) + F.linear(centre, weight)
         dz = _linear_bfloat16(x - centre, weight)
-        modules = list(self.hidden)
-        for activation, layer in zip(modules[0::2], modules[1::2], strict=True):
-            h = activation(z)
-            assert isinstance(layer, nn.Linear)
-            z, dz = layer(h), _linear_bfloat16(activation(z + dz) - h, layer.weight)
-        if isinstance(self.last, nn.Identity):
+        steps = self._steps()
+        if not steps:
             return z + dz
-        return (self.last[0](z + dz).unsqueeze(-2) * self.output_layer.weight).sum(-1) + self.output_layer.bias
+        for activation, layer in steps[:-1]:
+            h = activation(z)
+            z, dz = layer(h), _linear_bfloat16(activation(z + dz) - h, layer.weight)
+        activation, layer = steps[-1]
+        return (activation(z + dz).unsqueeze(-2) * layer.weight).sum(-1) + layer.bias
+
+    def _steps(self) -> list[tuple[nn.Module, nn.Linear]]:
+        """The activations with the layers behind them."""
+        modules = [*self.hidden, *(self.last if isinstance(self.last, nn.Sequential) else ())]
+        return list(zip(modules[0::2], modules[1::2], strict=True))
 
     def forward(self, context: Tensor, x: Tensor, time: Tensor | None = None) -> Tensor:
         """``decode(at_time(encode(context), time), x)``."""
