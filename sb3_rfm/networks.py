@@ -83,8 +83,8 @@ class ConditionalMLP(nn.Module):
         if not reduced:
             return self.last(self.hidden(encoded + F.linear(x, weight)))
         z = encoded + _linear_bfloat16(x, weight)
-        for activation, layer in self._steps():
-            # The bias on its own: as part of the product it would be written out for each row first.
+        for activation, layer in self._activated_layers():
+            # The bias in float32: as part of the product it is rounded, and copied to each row beforehand.
             z = _linear_bfloat16(activation(z), layer.weight) + layer.bias
         return z
 
@@ -104,17 +104,17 @@ class ConditionalMLP(nn.Module):
         # Pre-activations of the mean query (B, 1, H), and what each query adds to them (B, K, H).
         z = encoded.unsqueeze(1) + F.linear(centre, weight)
         dz = _linear_bfloat16(x - centre, weight)
-        steps = self._steps()
-        if not steps:
+        layers = self._activated_layers()
+        if not layers:
             return z + dz
-        for activation, layer in steps[:-1]:
+        for activation, layer in layers[:-1]:
             h = activation(z)
             z, dz = layer(h), _linear_bfloat16(activation(z + dz) - h, layer.weight)
-        activation, layer = steps[-1]
+        activation, layer = layers[-1]
         return (activation(z + dz).unsqueeze(-2) * layer.weight).sum(-1) + layer.bias
 
-    def _steps(self) -> list[tuple[nn.Module, nn.Linear]]:
-        """The activations with the layers behind them."""
+    def _activated_layers(self) -> list[tuple[nn.Module, nn.Linear]]:
+        """The layers after the first, each with the activation before it; none without hidden layers."""
         modules = [*self.hidden, *(self.last if isinstance(self.last, nn.Sequential) else ())]
         return list(zip(modules[0::2], modules[1::2], strict=True))
 

@@ -74,6 +74,14 @@ def test_reduced_answers_are_those_of_full_precision_to_a_rounding(net_arch: lis
     assert 0 < (rounded - exact).square().mean().sqrt() < 2**-7 * exact.std()
 
 
+def test_reduced_answers_have_exact_biases() -> None:
+    network = ConditionalMLP(2, 2, 3, [8])
+    with torch.no_grad():
+        network.output_layer.weight.zero_()
+    reduced = network.decode(network.encode(torch.randn(4, 2)), torch.randn(4, 5, 2), reduced=True)
+    assert torch.equal(reduced, network.output_layer.bias.expand(4, 5, 3))
+
+
 def _noise(values: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     error = values - exact
     return (error - error.mean(dim=1, keepdim=True)).std()
