@@ -68,6 +68,7 @@ _PAPER: dict[str, Any] = {"buffer_size": 250_000, "learning_starts": 10_000}
 _PAPER_FLOW: dict[str, Any] = {**_PAPER, "policy_kwargs": {"layer_norm": False}}
 _PAPER_PARTICLES: dict[str, Any] = {"n_particles": 32, "n_target_particles": 32}
 """Particles among which RFM chooses in the paper: when acting, in the critic's target and in evaluations."""
+_ONE_PARTICLE: dict[str, Any] = {"n_particles": 1, "n_target_particles": 1}
 
 SETTINGS: dict[str, Setting] = {
     "rfm:paper": Setting(
@@ -89,7 +90,7 @@ SETTINGS: dict[str, Setting] = {
             "temperature": 0.02,
             "n_candidates": 500,
             "integration_steps": 20,
-            "n_particles": 1,
+            **_ONE_PARTICLE,
         },
         evaluation_particles=32,
     ),
@@ -100,7 +101,7 @@ SETTINGS: dict[str, Setting] = {
             "temperature": 0.05,
             "n_candidates": 1000,
             "integration_steps": 20,
-            "n_particles": 1,
+            **_ONE_PARTICLE,
         }
     ),
     "qsm:paper": Setting(
@@ -110,7 +111,7 @@ SETTINGS: dict[str, Setting] = {
             "temperature": 1 / 50,
             "sampler": "sde",
             "integration_steps": 20,
-            "n_particles": 1,
+            **_ONE_PARTICLE,
             "action_noise": 0.1,
         }
     ),
