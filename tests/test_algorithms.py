@@ -204,7 +204,7 @@ def test_learning_rate_schedules_reach_both_optimizers() -> None:
         {"gradient_steps": -1, "train_freq": 4},
         {"train_freq": (1, "episode")},
         {"n_steps": 3},
-        {"n_particles": 1},
+        {"n_particles": 1, "n_target_particles": 1},
         {"precision": "bfloat16"},
     ],
 )

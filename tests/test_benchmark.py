@@ -160,7 +160,7 @@ def test_baselines_have_their_own_choice_among_particles_or_that_of_rfm() -> Non
     def particles(label: str) -> tuple[int | None, ...]:
         setting = SETTINGS[label]
         of_run = setting.arguments["n_particles"]
-        return of_run, setting.arguments.get("n_target_particles", 1), setting.evaluation_particles or of_run
+        return of_run, setting.arguments["n_target_particles"], setting.evaluation_particles or of_run
 
     assert particles("rfm:paper") == (32, 32, 32)
     assert [particles(f"{algo}:paper") for algo in ("qne", "dqs", "qsm")] == [(1, 1, 32), (1, 1, 1), (1, 1, 1)]

@@ -3,7 +3,7 @@
 An algorithm is named ``algo`` for its defaults or ``algo:setting`` for a named setting of it, as in ``qne:paper``. The
 ``paper`` settings are those of the experiment in Li, Tang & Azizan (arXiv 2601.08136), as far as the classes here have
 the choice. They keep one learning rate for actor and critic, and the control variate is this library's. By default,
-all of them act with one particle; in the paper, RFM alone chooses among several while training. ``qne:paper-particles``,
+all of them choose among particles; in the paper, RFM alone does while training. ``qne:paper-particles``,
 ``dqs:paper-particles`` and ``qsm:paper-particles`` are the paper's settings of these with that choice of RFM's.
 """
 
