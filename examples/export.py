@@ -49,7 +49,7 @@ class DeterministicPolicy(nn.Module):
     def forward(self, observations: Tensor) -> Tensor:
         """(B, *observation shape) → (B, *action shape)"""
         policy = self.policy
-        actor_features, critic_features = policy.acting_features(observations)
+        actor_features, critic_features = policy.acting_features(observations, policy.n_particles)
         noise = policy.fixed_noise.expand(actor_features.shape[0], -1, -1)
         actions = policy.act(actor_features, critic_features, noise, deterministic=True)
         share = 0.5 * (actions.reshape(-1, *self.low.shape) + 1)

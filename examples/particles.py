@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> list[tuple[int, bool, float, floa
     rows = []
     print("| particles | deterministic | exploring |\n|---|---|---|")
     for n_particles in args.particles:
-        model = algorithm.load(args.model, n_particles=n_particles)
+        model = algorithm.load(args.model, n_particles=n_particles, n_exploration_particles=n_particles)
         cells = []
         for deterministic in (True, False):
             env = make_vec_env(make_env, n_envs=args.episodes, seed=0)

@@ -95,7 +95,8 @@ class FlowActorCritic(PersistentAlgorithm):
     :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
     :param proposal: Where the ``x_t`` of the regression come from: ``"replay"`` → noised replayed actions, ``"policy"`` →
         noised actions of the current policy at replayed states
-    :param n_particles: Particles drawn when acting, one of which is chosen with probability ∝ exp(min Q / λ)
+    :param n_particles: Particles drawn for a deterministic action, of which the one with the highest min Q is taken
+    :param n_exploration_particles: Particles drawn when exploring, one of which is chosen with probability ∝ exp(min Q / λ)
     :param n_target_particles: The same in the critic's target, and in ``proposal="policy"``
     :param t_min: Training times lie in [t_min, 1 - t_min]
     :param max_grad_norm: Largest norm of a gradient of actor or critic; None for no clipping
@@ -153,6 +154,7 @@ class FlowActorCritic(PersistentAlgorithm):
         integration_steps: int = 3,
         proposal: str = "replay",
         n_particles: int = 8,
+        n_exploration_particles: int = 1,
         n_target_particles: int = 4,
         t_min: float = 0.01,
         max_grad_norm: float | None = None,
@@ -203,6 +205,7 @@ class FlowActorCritic(PersistentAlgorithm):
         self.integration_steps = integration_steps
         self.proposal = proposal
         self.n_particles = n_particles
+        self.n_exploration_particles = n_exploration_particles
         self.n_target_particles = n_target_particles
         self.t_min = t_min
         self.max_grad_norm = max_grad_norm
@@ -227,7 +230,13 @@ class FlowActorCritic(PersistentAlgorithm):
         super()._setup_model()
         self._default_buffer = self.replay_buffer_class if is_default else None
         self.policy.configure_sampling(
-            self.path, self.source, self.sampler, self.integration_steps, self.n_particles, self.t_min
+            self.path,
+            self.source,
+            self.sampler,
+            self.integration_steps,
+            self.n_particles,
+            self.n_exploration_particles,
+            self.t_min,
         )
         self._temperature_share = parse_auto_temperature(self.temperature)
         self._fix_temperature()
@@ -297,7 +306,7 @@ class FlowActorCritic(PersistentAlgorithm):
             raise ValueError(
                 f"coefficient must be left out: {type(self).__name__} {fixed}, got {self.coefficient!r}; RFM lets you choose."
             )
-        for name in ("n_candidates", "integration_steps", "n_particles", "n_target_particles"):
+        for name in ("n_candidates", "integration_steps", "n_particles", "n_exploration_particles", "n_target_particles"):
             check_integer(name, getattr(self, name), 1)
         if self.proposal not in ("replay", "policy"):
             raise ValueError(f"proposal must be 'replay' or 'policy', got {self.proposal!r}.")

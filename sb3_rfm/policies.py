@@ -32,8 +32,8 @@ class FlowPolicy(BoundedPolicy):
 
     ``"MlpPolicy"`` is this class. The parameters from ``path`` on are the algorithm's own arguments, not ``policy_kwargs``.
 
-    Acting draws ``n_particles`` latents from the flow and picks one with probability ∝ exp(min Q / temperature); the
-    deterministic policy starts from a fixed set of noises and picks the best.
+    Exploring draws ``n_exploration_particles`` latents from the flow and picks one with probability
+    ∝ exp(min Q / temperature); the deterministic policy starts from a fixed set of ``n_particles`` noises and picks the best.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -53,7 +53,8 @@ class FlowPolicy(BoundedPolicy):
         :class:`~sb3_rfm.sources.Source`
     :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
     :param integration_steps: Steps from noise to action
-    :param n_particles: Particles to choose among when acting
+    :param n_particles: Particles of which the deterministic policy takes the best
+    :param n_exploration_particles: Particles to choose among when exploring
     :param t_min: First time for which the flow is trained
     """
 
@@ -85,6 +86,7 @@ class FlowPolicy(BoundedPolicy):
         sampler: str = "ode",
         integration_steps: int = 3,
         n_particles: int = 8,
+        n_exploration_particles: int = 1,
         t_min: float = 0.01,
     ) -> None:
         super().__init__(
@@ -108,7 +110,7 @@ class FlowPolicy(BoundedPolicy):
         self.register_buffer("n_rewarded_batches", th.zeros(()))
         self.run_act = self.act
         self._build(lr_schedule)
-        self.configure_sampling(path, source, sampler, integration_steps, n_particles, t_min)
+        self.configure_sampling(path, source, sampler, integration_steps, n_particles, n_exploration_particles, t_min)
 
     def configure_sampling(
         self,
@@ -117,19 +119,14 @@ class FlowPolicy(BoundedPolicy):
         sampler: str,
         integration_steps: int,
         n_particles: int,
+        n_exploration_particles: int,
         t_min: float,
     ) -> None:
         """Choose how actions are drawn from the flow; see the class for the parameters."""
-        self.actor.configure_sampling(path, source, sampler, integration_steps, t_min)
-        self.set_particles(n_particles)
-
-    def set_particles(self, n_particles: int) -> None:
-        """Choose among ``n_particles`` when acting, until the model is loaded; ``load(file, n_particles=...)`` is for good.
-
-        :raises ValueError: for anything but a positive integer
-        """
         check_integer("n_particles", n_particles, 1)
-        self.n_particles = n_particles
+        check_integer("n_exploration_particles", n_exploration_particles, 1)
+        self.actor.configure_sampling(path, source, sampler, integration_steps, t_min)
+        self.n_particles, self.n_exploration_particles = n_particles, n_exploration_particles
         # The deterministic policy is a function of observation and weights alone: its noise never changes.
         shape, source = (n_particles, get_action_dim(self.action_space)), get_source(self.actor.source)
         noise = source.sample(shape, th.empty(0), th.Generator().manual_seed(0))
@@ -226,9 +223,9 @@ class FlowPolicy(BoundedPolicy):
         # Not th.take_along_dim, which would fix the number of states in an exported policy.
         return latents.gather(1, index.unsqueeze(-1).expand(-1, -1, latents.shape[-1]))[:, 0], q.gather(1, index)[:, 0]
 
-    def acting_features(self, observation: PyTorchObs) -> tuple[Tensor, Tensor | None]:
+    def acting_features(self, observation: PyTorchObs, n_particles: int) -> tuple[Tensor, Tensor | None]:
         """Features of the actor, and of the critic where it is to choose among particles, (B, F) each."""
-        return self.actor.features(observation), self.critic.features(observation) if self.n_particles > 1 else None
+        return self.actor.features(observation), self.critic.features(observation) if n_particles > 1 else None
 
     def act(self, actor_features: Tensor, critic_features: Tensor | None, noise: Tensor, deterministic: bool) -> Tensor:
         """Actions in (-1, 1) for features, from given noise.
@@ -250,10 +247,11 @@ class FlowPolicy(BoundedPolicy):
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
-        actor_features, critic_features = self.acting_features(observation)
+        n_particles = self.n_particles if deterministic else self.n_exploration_particles
+        actor_features, critic_features = self.acting_features(observation, n_particles)
         n_states = len(actor_features)
         fixed = self.fixed_noise.expand(n_states, -1, -1)
-        noise = fixed if deterministic else self.actor.draw_noise(n_states, self.n_particles)
+        noise = fixed if deterministic else self.actor.draw_noise(n_states, n_particles)
         act = self.act if th.is_grad_enabled() else self.run_act  # what is compiled carries no gradients
         return act(actor_features, critic_features, noise, deterministic)
 

@@ -147,6 +147,7 @@ ARGUMENTS = [
     *argument("temperature", -1, "hot", NAN, INF, "auto_0"),
     *argument("n_candidates", 0, 2.5, True, "8"),
     *argument("n_particles", 0),
+    *argument("n_exploration_particles", 0),
     *argument("n_target_particles", 0),
     *argument("integration_steps", 0),
     *argument("coefficient", "best", INF, [0.1, 0.2, 0.3]),

@@ -103,7 +103,15 @@ def test_attributes_are_named_like_arguments(algorithm: type[FlowActorCritic]) -
     for name in list(inspect.signature(algorithm.__init__).parameters)[1:]:
         if name not in ("policy", "env", "stats_window_size", "_init_setup_model"):
             assert hasattr(model, name), name
-    for name in ("batch_size", "n_candidates", "n_particles", "integration_steps", "learning_starts", "seed"):
+    for name in (
+        "batch_size",
+        "n_candidates",
+        "n_particles",
+        "n_exploration_particles",
+        "integration_steps",
+        "learning_starts",
+        "seed",
+    ):
         assert getattr(model, name) == TINY[name]
 
 

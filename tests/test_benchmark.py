@@ -26,7 +26,7 @@ from sb3_rfm.benchmark.cases import Sizes
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, find_runs, git_commit, write_atomic
 from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.runner import LocalEngine, Sweep, plan
-from sb3_rfm.benchmark.suites import DMC8, SETTINGS, Setting, get_algorithm, get_setting, get_tasks, make_env, parse_overrides
+from sb3_rfm.benchmark.suites import DMC8, SETTINGS, get_algorithm, get_setting, get_tasks, make_env, parse_overrides
 from sb3_rfm.benchmark.worker import BUSY, STOPPED, Evaluator, Recorder, build_model, run
 
 # Statistics
@@ -100,7 +100,7 @@ def test_intervals_agree_with_rliable() -> None:
 
 def test_every_setting_is_accepted_by_its_algorithm() -> None:
     for label, setting in SETTINGS.items():
-        arguments = {k: v for k, v in setting.arguments.items() if k != "action_noise"}
+        arguments = {k: v for k, v in setting.items() if k != "action_noise"}
         get_algorithm(label.partition(":")[0])("MlpPolicy", "Pendulum-v1", **{**arguments, "buffer_size": 10})
 
 
@@ -135,8 +135,8 @@ def test_a_misspelt_setting_is_not_described_by_what_all_algorithms_get() -> Non
 def test_names_are_resolved_and_refused() -> None:
     assert [task.env_id for task in get_tasks("dmc8")] == [f"dm_control/{name}-v0" for name in DMC8]
     assert get_tasks("walker-run", 7)[0].steps == 7
-    assert get_setting("rfm:cold", {"temperature": 0.01}).arguments == {"temperature": 0.01}
-    assert get_setting("qne:paper", {"n_candidates": 3}).arguments["n_candidates"] == 3
+    assert get_setting("rfm:cold", {"temperature": 0.01}) == {"temperature": 0.01}
+    assert get_setting("qne:paper", {"n_candidates": 3})["n_candidates"] == 3
     with pytest.raises(ValueError, match="Unknown suite or environment 'Pendulum-v9'"):
         get_tasks("Pendulum-v9")
     with pytest.raises(ValueError, match="sac has no argument n_particles;"):
@@ -157,17 +157,17 @@ def test_plan_does_the_first_seed_of_everything_first() -> None:
 
 
 def test_baselines_have_their_own_choice_among_particles_or_that_of_rfm() -> None:
-    def particles(label: str) -> tuple[int | None, ...]:
-        setting = SETTINGS[label]
-        of_run = setting.arguments["n_particles"]
-        return of_run, setting.arguments["n_target_particles"], setting.evaluation_particles or of_run
+    names = "n_exploration_particles", "n_target_particles", "n_particles"
+
+    def particles(label: str) -> tuple[int, ...]:
+        return tuple(SETTINGS[label][name] for name in names)
 
     assert particles("rfm:paper") == (32, 32, 32)
     assert [particles(f"{algo}:paper") for algo in ("qne", "dqs", "qsm")] == [(1, 1, 32), (1, 1, 1), (1, 1, 1)]
     for algo in ("qne", "dqs", "qsm"):
         assert particles(f"{algo}:paper-particles") == particles("rfm:paper")
-        own, other = SETTINGS[f"{algo}:paper"].arguments, SETTINGS[f"{algo}:paper-particles"].arguments
-        assert {key for key in other if other[key] != own.get(key)} == {"n_particles", "n_target_particles"}
+        own, other = SETTINGS[f"{algo}:paper"], SETTINGS[f"{algo}:paper-particles"]
+        assert {key for key in other if other[key] != own.get(key)} <= set(names)
 
 
 def test_lists_from_json_become_what_the_algorithm_takes(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for level, algo in enumerate(("rfm", "qne:paper", "sac")):
             for seed in range(3):
                 folder = RunFolder.create(root, spec(algo=algo, env_id=task, seed=seed))
-                folder.describe(**vars(SETTINGS.get(algo, Setting())))
+                folder.describe(arguments=SETTINGS.get(algo, {}))
                 returns = [rng.normal(100 * level + step, 5, 2).tolist() for step in (0, 50, 100)]
                 if (task, algo, seed) == ("Pendulum-v1", "sac", 2):
                     returns.pop()
@@ -405,7 +405,7 @@ def test_a_report_of_few_runs_says_so(tmp_path: Path, runs: list[tuple[str, str]
     for algo, env_id in runs:
         folder = RunFolder.create(tmp_path, spec(algo=algo, env_id=env_id))
         folder.write_evaluations([Evaluation(0, 1, 1, [1.0, 2.0]), Evaluation(100, 2, 2, [3.0, 4.0])])
-        folder.describe(**vars(Setting()))
+        folder.describe(arguments={})
         folder.set_status(state="finished", step=100)
     report.write(tmp_path, tmp_path / "report")
     page = html.unescape((tmp_path / "report" / "report.html").read_text(encoding="utf-8"))
@@ -425,7 +425,7 @@ def test_a_report_of_partial_results(tmp_path: Path) -> None:
 
     def learn(algo: str, env_id: str, seed: int, returns: list[float], state: str) -> None:
         folder = RunFolder.create(tmp_path, spec(algo=algo, env_id=env_id, seed=seed))
-        folder.describe(**vars(Setting()))
+        folder.describe(arguments={})
         evaluations = [Evaluation(50 * i, 1.0 + i, 1.0 + i, [value, value]) for i, value in enumerate(returns)]
         folder.write_evaluations(evaluations)
         folder.set_status(state=state, step=evaluations[-1].step)
@@ -467,7 +467,7 @@ def add_run(
     """A finished run with a return at each of these steps."""
     folder = RunFolder.create(root, spec(algo=algo, env_id=env_id, seed=seed, steps=max(returns)))
     folder.write_evaluations([Evaluation(step, step, step, [value]) for step, value in returns.items()])
-    folder.describe(**{**vars(Setting()), **config})
+    folder.describe(**({"arguments": {}} | config))
     folder.set_status(state="finished", step=max(returns))
 
 
@@ -598,12 +598,11 @@ def test_small_returns_are_told_apart(tmp_path: Path) -> None:
 
 def test_evaluation_depends_on_seed_and_step_and_leaves_training_alone() -> None:
     model = RFM("MlpPolicy", "Pendulum-v1", seed=0, buffer_size=100)
-    evaluate = Evaluator(spec(), particles=3)
+    evaluate = Evaluator(spec())
     state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     first = evaluate(model, 50)
     assert evaluate(model, 50) == first and evaluate(model, 100) != first
     assert Evaluator(spec(seed=1))(model, 50) != Evaluator(spec())(model, 50)
-    assert model.policy.n_particles == model.n_particles
     assert torch.equal(state[0], torch.get_rng_state())
     assert np.array_equal(state[1], np.random.get_state()[1])  # noqa: NPY002
 

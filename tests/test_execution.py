@@ -262,7 +262,7 @@ MIXTURE = MixtureSameFamily(Categorical(torch.ones(2)), Normal(torch.tensor([-1.
 @pytest.mark.parametrize(
     ("algorithm", "arguments"),
     [
-        (RFM, {"coefficient": [0.5], "n_particles": 3, "n_target_particles": 2, "proposal": "policy"}),
+        (RFM, {"coefficient": [0.5], "n_exploration_particles": 3, "n_target_particles": 2, "proposal": "policy"}),
         (RFM, {"coefficient": "diagonal", "sampler": "sde", "path": "cosine"}),
         (RFM, {"source": Laplace(0.0, 1.0)}),
         (QNE, {"source": MIXTURE, "path": "ve"}),
@@ -274,8 +274,9 @@ def test_whatever_is_chosen_becomes_a_graph(algorithm: type[FlowActorCritic], ar
     states, actions, numbers = torch.zeros(4, 3), torch.zeros(4, 1), torch.zeros(4)
     compilation.trace(model._learner.critic_gradients, model.policy, (states, actions, states, states, numbers, numbers))
     compilation.trace(model._learner.actor_gradients, model.policy, (states, states, actions))
-    features = states if model.n_particles > 1 else None
-    compilation.trace(model.policy.act, model.policy, (states, features, torch.zeros(4, model.n_particles, 1), False))
+    for deterministic, n_particles in ((False, model.n_exploration_particles), (True, model.n_particles)):
+        features = states if n_particles > 1 else None
+        compilation.trace(model.policy.act, model.policy, (states, features, torch.zeros(4, n_particles, 1), deterministic))
 
 
 @pytest.mark.filterwarnings("error:.*could not be compiled")
@@ -347,7 +348,13 @@ class FakeGraph:
     "arguments",
     [
         {"learning_rate": lambda remaining: 1e-3 * remaining},
-        {"proposal": "policy", "n_target_particles": 2, "n_particles": 2, "max_grad_norm": 0.1, "temperature": 0.1},
+        {
+            "proposal": "policy",
+            "n_target_particles": 2,
+            "n_exploration_particles": 2,
+            "max_grad_norm": 0.1,
+            "temperature": 0.1,
+        },
     ],
 )
 def test_a_recorded_update_is_the_update(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ TINY: dict[str, Any] = {
     "buffer_size": 1_000,
     "n_candidates": 4,
     "n_particles": 3,
+    "n_exploration_particles": 3,
     "n_target_particles": 2,
     "integration_steps": 3,
     "policy_kwargs": {"net_arch": [16]},

@@ -110,7 +110,7 @@ def build(case: str, sizes: Sizes, device: str = "auto", execution: str | None =
         return SAC("MlpPolicy", env, batch_size=sizes.batch, policy_kwargs=policy_kwargs, seed=0, **arguments)
     algo, _, setting = case.partition(":")
     if setting:
-        paper = dict(SETTINGS[case.removesuffix("-eager")].arguments)
+        paper = dict(SETTINGS[case.removesuffix("-eager")])
         for name in ("buffer_size", "learning_starts", "policy_kwargs", "action_noise"):
             paper.pop(name, None)
         arguments = paper | arguments

@@ -2,14 +2,9 @@
 
 import json
 
-import pandas as pd
-
 from sb3_rfm.benchmark.figures import count
 from sb3_rfm.benchmark.results import RUN, Results
 from sb3_rfm.benchmark.suites import short
-
-SETTING = ["arguments", "evaluation_particles"]
-"""What a run of an algorithm is done with."""
 
 
 def caveats(everything: Results, results: Results, steps: int | None) -> list[str]:
@@ -94,7 +89,7 @@ def mixtures(results: Results) -> list[str]:
     for algo in results.algos:
         runs = results.runs[results.runs["algo"] == algo]
         numbers = {
-            "with {} settings": len(runs[SETTING].drop_duplicates()),
+            "with {} settings": runs["arguments"].nunique(),
             "with {} versions of sb3_rfm": versions[runs.index].nunique(),
             "at {} commits": len({commit for all_of_run in runs["commit"].fillna("") for commit in all_of_run.split()}),
         }
@@ -109,10 +104,9 @@ def settings_of(results: Results) -> list[str]:
     """A line for each setting that an algorithm was run with."""
     lines = []
     for algo in results.algos:
-        settings = results.runs[results.runs["algo"] == algo].groupby(SETTING, dropna=False, sort=False).size()
-        for (arguments, particles), n in settings.items():
+        settings = results.runs[results.runs["algo"] == algo].groupby("arguments", sort=False).size()
+        for arguments, n in settings.items():
             line = f"{algo}: {'its defaults' if arguments == '{}' else arguments}"
-            line += "" if pd.isna(particles) else f", the best of {particles:.0f} particles in evaluations"
             lines.append(line + (f" ({count(n, 'run')})" if len(settings) > 1 else ""))
     return lines
 

@@ -81,7 +81,6 @@ class Results:
                 | {"commit": " ".join(dict.fromkeys(start["commit"] for start in starts if start.get("commit")))}
                 | {"started": starts[0].get("at"), "interruptions": len(starts) - 1}
                 | {name: json.dumps(config.get(name, {})) for name in ("arguments", "versions", "machine")}
-                | {"evaluation_particles": config.get("evaluation_particles")}
             )
         if not evaluations:
             raise ValueError(f"There are no evaluated runs in {root}.")

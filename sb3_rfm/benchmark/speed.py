@@ -142,8 +142,8 @@ class Subject:
         self.first_update = time.perf_counter()
         self.model.learn(LONG_RUN, callback=StopAfter(20), reset_num_timesteps=False)
         self.one_particle = self.model
-        if isinstance(self.model, FlowActorCritic) and self.model.n_particles > 1:
-            self.one_particle = self._warm(case, n_particles=1)
+        if isinstance(self.model, FlowActorCritic) and self.model.n_exploration_particles > 1:
+            self.one_particle = self._warm(case, n_exploration_particles=1)
         self.observations = np.random.default_rng(0).standard_normal((1024, conditions.sizes.obs_dim)).astype(np.float32)
         self.model.predict(self.observations[0], deterministic=True)
         self.one_particle.predict(self.observations)

@@ -10,7 +10,7 @@ all of them choose among particles; in the paper, RFM alone does while training.
 import ast
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -51,76 +51,53 @@ GIVEN = {"policy", "env", "seed"}
 DEFAULT_STEPS = 100_000
 """Steps in an environment that is named by its id."""
 
-
-@dataclass(frozen=True)
-class Setting:
-    """Arguments of an algorithm, and what evaluation does differently from acting.
-
-    :param arguments: Keyword arguments of the class; ``action_noise`` may be the standard deviation of Gaussian noise
-    :param evaluation_particles: Particles to choose among when evaluating, where that differs from ``n_particles``
-    """
-
-    arguments: dict[str, Any] = field(default_factory=dict)
-    evaluation_particles: int | None = None
-
-
 _PAPER: dict[str, Any] = {"buffer_size": 250_000, "learning_starts": 10_000}
 _PAPER_FLOW: dict[str, Any] = {**_PAPER, "policy_kwargs": {"layer_norm": False}}
-_PAPER_PARTICLES: dict[str, Any] = {"n_particles": 32, "n_target_particles": 32}
-"""Particles among which RFM chooses in the paper: when acting, in the critic's target and in evaluations."""
-_ONE_PARTICLE: dict[str, Any] = {"n_particles": 1, "n_target_particles": 1}
+_PAPER_PARTICLES: dict[str, Any] = {"n_particles": 32, "n_exploration_particles": 32, "n_target_particles": 32}
+"""Particles among which RFM chooses in the paper: in evaluations, when exploring and in the critic's target."""
+_ONE_PARTICLE: dict[str, Any] = dict.fromkeys(_PAPER_PARTICLES, 1)
 
-SETTINGS: dict[str, Setting] = {
-    "rfm:paper": Setting(
-        {
-            **_PAPER,
-            "temperature": 0.02,
-            "n_candidates": 100,
-            "integration_steps": 10,
-            "proposal": "policy",
-            **_PAPER_PARTICLES,
-            "max_grad_norm": 10.0,
-            "policy_kwargs": {"net_arch": {"pi": [256, 256, 256], "qf": [256, 256]}, "layer_norm": False},
-        }
-    ),
-    "qne:paper": Setting(
-        {
-            **_PAPER_FLOW,
-            "path": "cosine",
-            "temperature": 0.02,
-            "n_candidates": 500,
-            "integration_steps": 20,
-            **_ONE_PARTICLE,
-        },
-        evaluation_particles=32,
-    ),
-    "dqs:paper": Setting(
-        {
-            **_PAPER_FLOW,
-            "path": VEPath(1e-5, 1.0),
-            "temperature": 0.05,
-            "n_candidates": 1000,
-            "integration_steps": 20,
-            **_ONE_PARTICLE,
-        }
-    ),
-    "qsm:paper": Setting(
-        {
-            **_PAPER_FLOW,
-            "path": LinearVPPath(),
-            "temperature": 1 / 50,
-            "sampler": "sde",
-            "integration_steps": 20,
-            **_ONE_PARTICLE,
-            "action_noise": 0.1,
-        }
-    ),
-    "sac:paper": Setting(dict(_PAPER)),
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rfm:paper": {
+        **_PAPER,
+        "temperature": 0.02,
+        "n_candidates": 100,
+        "integration_steps": 10,
+        "proposal": "policy",
+        **_PAPER_PARTICLES,
+        "max_grad_norm": 10.0,
+        "policy_kwargs": {"net_arch": {"pi": [256, 256, 256], "qf": [256, 256]}, "layer_norm": False},
+    },
+    "qne:paper": {
+        **_PAPER_FLOW,
+        "path": "cosine",
+        "temperature": 0.02,
+        "n_candidates": 500,
+        "integration_steps": 20,
+        **_ONE_PARTICLE,
+        "n_particles": 32,
+    },
+    "dqs:paper": {
+        **_PAPER_FLOW,
+        "path": VEPath(1e-5, 1.0),
+        "temperature": 0.05,
+        "n_candidates": 1000,
+        "integration_steps": 20,
+        **_ONE_PARTICLE,
+    },
+    "qsm:paper": {
+        **_PAPER_FLOW,
+        "path": LinearVPPath(),
+        "temperature": 1 / 50,
+        "sampler": "sde",
+        "integration_steps": 20,
+        **_ONE_PARTICLE,
+        "action_noise": 0.1,
+    },
+    "sac:paper": dict(_PAPER),
 }
-SETTINGS |= {
-    f"{algo}:paper-particles": Setting(SETTINGS[f"{algo}:paper"].arguments | _PAPER_PARTICLES)
-    for algo in ("qne", "dqs", "qsm")
-}
+SETTINGS |= {f"{algo}:paper-particles": SETTINGS[f"{algo}:paper"] | _PAPER_PARTICLES for algo in ("qne", "dqs", "qsm")}
+"""Keyword arguments of the named settings; ``action_noise`` may be the standard deviation of Gaussian noise."""
 
 
 def get_algorithm(name: str) -> type[BaseAlgorithm]:
@@ -152,8 +129,8 @@ def get_algorithm(name: str) -> type[BaseAlgorithm]:
     return classes[name]
 
 
-def get_setting(label: str, overrides: dict[str, Any]) -> Setting:
-    """The setting that a label names, with arguments replaced.
+def get_setting(label: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the algorithm in the setting that a label names, some of them replaced.
 
     :param label: ``algo`` or ``algo:setting``; a setting that is not in :data:`SETTINGS` is its overrides
     :param overrides: Arguments that take precedence
@@ -167,8 +144,7 @@ def get_setting(label: str, overrides: dict[str, Any]) -> Setting:
     if ":" in label and label not in SETTINGS and not overrides:
         known = sorted(SETTINGS)
         raise ValueError(f"Unknown setting {label!r}: known are {known}; a new one needs --set {label}.argument=value.")
-    setting = SETTINGS.get(label, Setting())
-    return Setting({**setting.arguments, **overrides}, setting.evaluation_particles)
+    return SETTINGS.get(label, {}) | overrides
 
 
 def get_tasks(name: str, steps: int | None = None) -> list[Task]:

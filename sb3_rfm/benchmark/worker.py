@@ -27,9 +27,8 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec
-from sb3_rfm.benchmark.suites import Setting, env_maker, get_algorithm, get_setting
+from sb3_rfm.benchmark.suites import env_maker, get_algorithm, get_setting
 from sb3_rfm.checkpoint import save_run
-from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.persistence import PersistentAlgorithm
 from sb3_rfm.rewindable import Rewindable
 
@@ -49,12 +48,10 @@ class Evaluator:
     The episodes depend on the run's seed and on the step alone: not on training, and not on whether the run was resumed.
 
     :param spec: The run
-    :param particles: Particles to choose among, where that differs from acting
     """
 
-    def __init__(self, spec: RunSpec, particles: int | None = None) -> None:
+    def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
-        self.particles = particles
         # Any seed, since every evaluation sets its own; without one, a random number would be taken from training.
         self.env: VecEnv = make_vec_env(env_maker(spec.env_id), n_envs=spec.eval_episodes, seed=0)
 
@@ -66,20 +63,9 @@ class Evaluator:
         """
         # Mixed by a hash, so that no evaluation shares its episodes with training or with another run.
         self.env.seed(int(np.random.SeedSequence([self.spec.seed, step]).generate_state(1)[0]) % 2**31)
-        n_particles = self._set_particles(model, self.particles)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             returns, _ = evaluate_policy(model, self.env, self.spec.eval_episodes, return_episode_rewards=True)
-        self._set_particles(model, n_particles)
         return np.asarray(returns, dtype=float).tolist()
-
-    @staticmethod
-    def _set_particles(model: BaseAlgorithm, n_particles: int | None) -> int | None:
-        """Have the policy choose among ``n_particles``; the number it chose among before is returned."""
-        if n_particles is None or not isinstance(model, FlowActorCritic):
-            return None
-        before = model.policy.n_particles
-        model.policy.set_particles(n_particles)
-        return before
 
 
 class Stopped(Exception):
@@ -182,13 +168,13 @@ def resumable(algorithm: type[BaseAlgorithm]) -> type[PersistentAlgorithm]:
     return type(algorithm.__name__, (PersistentAlgorithm, algorithm), {})
 
 
-def build_model(folder: RunFolder, spec: RunSpec, setting: Setting) -> PersistentAlgorithm:
+def build_model(folder: RunFolder, spec: RunSpec, arguments: dict[str, Any]) -> PersistentAlgorithm:
     """The model of the run's checkpoint, or a new one."""
     algorithm = resumable(get_algorithm(spec.algo.partition(":")[0]))
     env = make_vec_env(env_maker(spec.env_id), seed=spec.seed, wrapper_class=Rewindable)
     if folder.checkpoint.exists():
         return algorithm.resume(folder.checkpoint, env=env, trusted=True)
-    arguments: dict[str, Any] = dict(setting.arguments)
+    arguments = dict(arguments)
     if isinstance(arguments.get("action_noise"), (int, float)):
         size = env.action_space.shape
         assert size is not None
@@ -222,10 +208,10 @@ def run(path: Path, checkpoint_every: int = 10_000, keep_checkpoint: bool = Fals
 def _learn(folder: RunFolder, checkpoint_every: int, keep_checkpoint: bool) -> None:
     """Do the run of a folder that this process has locked; see :func:`run`."""
     spec = folder.spec
-    setting = get_setting(spec.algo, spec.arguments)
-    folder.describe(**vars(setting))
-    model = build_model(folder, spec, setting)
-    recorder = Recorder(folder, Evaluator(spec, setting.evaluation_particles), checkpoint_every)
+    arguments = get_setting(spec.algo, spec.arguments)
+    folder.describe(arguments=arguments)
+    model = build_model(folder, spec, arguments)
+    recorder = Recorder(folder, Evaluator(spec), checkpoint_every)
     recorder.continue_from(model.num_timesteps)
     recorder.write_status(model.num_timesteps, "starting")
     folder.set_status(pid=os.getpid())

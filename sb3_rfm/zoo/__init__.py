@@ -72,6 +72,7 @@ def sample_flow_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
         "proposal": trial.suggest_categorical("proposal", ["replay", "policy"]),
         "integration_steps": trial.suggest_int("integration_steps", 2, 20, log=True),
         "n_particles": trial.suggest_int("n_particles", 1, 32, log=True),
+        "n_exploration_particles": trial.suggest_int("n_exploration_particles", 1, 32, log=True),
         "n_target_particles": trial.suggest_int("n_target_particles", 1, 32, log=True),
     }
 
