@@ -147,7 +147,7 @@ class FlowActor(BoundedPolicy):
         path: str | Path = "cond_ot",
         source: str | Source | Distribution = "gaussian",
         sampler: str = "ode",
-        integration_steps: int = 3,
+        integration_steps: int = 5,
         t_min: float = 0.01,
     ) -> None:
         super().__init__(

@@ -84,8 +84,8 @@ class FlowPolicy(BoundedPolicy):
         path: str | Path = "cond_ot",
         source: str | Source | Distribution = "gaussian",
         sampler: str = "ode",
-        integration_steps: int = 3,
-        n_particles: int = 8,
+        integration_steps: int = 5,
+        n_particles: int = 1,
         n_exploration_particles: int = 1,
         t_min: float = 0.01,
     ) -> None:

@@ -160,7 +160,7 @@ def test_baselines_have_their_own_choice_among_particles_or_that_of_rfm() -> Non
     names = "n_exploration_particles", "n_target_particles", "n_particles"
 
     def particles(label: str) -> tuple[int, ...]:
-        return tuple(SETTINGS[label][name] for name in names)
+        return tuple(SETTINGS[label].get(name, 1) for name in names)
 
     assert particles("rfm:paper") == (32, 32, 32)
     assert [particles(f"{algo}:paper") for algo in ("qne", "dqs", "qsm")] == [(1, 1, 32), (1, 1, 1), (1, 1, 1)]

@@ -3,7 +3,7 @@
 An algorithm is named ``algo`` for its defaults or ``algo:setting`` for a named setting of it, as in ``qne:paper``. The
 ``paper`` settings are those of the experiment in Li, Tang & Azizan (arXiv 2601.08136), as far as the classes here have
 the choice. They keep one learning rate for actor and critic, and the control variate is this library's. By default,
-all of them choose among particles; in the paper, RFM alone does while training. ``qne:paper-particles``,
+all of them act with one particle; in the paper, RFM alone chooses among several while training. ``qne:paper-particles``,
 ``dqs:paper-particles`` and ``qsm:paper-particles`` are the paper's settings of these with that choice of RFM's.
 """
 
@@ -55,7 +55,6 @@ _PAPER: dict[str, Any] = {"buffer_size": 250_000, "learning_starts": 10_000}
 _PAPER_FLOW: dict[str, Any] = {**_PAPER, "policy_kwargs": {"layer_norm": False}}
 _PAPER_PARTICLES: dict[str, Any] = {"n_particles": 32, "n_exploration_particles": 32, "n_target_particles": 32}
 """Particles among which RFM chooses in the paper: in evaluations, when exploring and in the critic's target."""
-_ONE_PARTICLE: dict[str, Any] = dict.fromkeys(_PAPER_PARTICLES, 1)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "rfm:paper": {
@@ -74,7 +73,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "temperature": 0.02,
         "n_candidates": 500,
         "integration_steps": 20,
-        **_ONE_PARTICLE,
         "n_particles": 32,
     },
     "dqs:paper": {
@@ -83,7 +81,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "temperature": 0.05,
         "n_candidates": 1000,
         "integration_steps": 20,
-        **_ONE_PARTICLE,
     },
     "qsm:paper": {
         **_PAPER_FLOW,
@@ -91,7 +88,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "temperature": 1 / 50,
         "sampler": "sde",
         "integration_steps": 20,
-        **_ONE_PARTICLE,
         "action_noise": 0.1,
     },
     "sac:paper": dict(_PAPER),

@@ -4,12 +4,11 @@ Configured by environment variables, because it has to act before the tests are 
 
 - ``CONFORMANCE_ALGO``: the class of ``sb3_rfm`` to put in,
 - ``CONFORMANCE_AS``: the class of ``stable_baselines3`` that it replaces,
-- ``CONFORMANCE_EXCEPTIONS``: the file of tests that are not run, or with other arguments,
+- ``CONFORMANCE_EXCEPTIONS``: the file of tests that are not run,
 - ``CONFORMANCE_REPORT``: where to write the results, as JSON.
 """
 
 import fnmatch
-import functools
 import inspect
 import json
 import os
@@ -41,12 +40,13 @@ class Report:
 
     def __init__(self) -> None:
         self.modules: dict[str, dict[str, Any]] = defaultdict(
-            lambda: {"passed": 0, "failed": [], "skipped": [], "deselected": [], "with_arguments": []}
+            lambda: {"passed": 0, "failed": [], "skipped": [], "deselected": []}
         )
         self.stale: list[str] = []
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        rules, changes = rules_of("deselected"), rules_of("with_arguments")
+        exceptions = tomllib.loads(Path(os.environ["CONFORMANCE_EXCEPTIONS"]).read_text())
+        rules = [rule for rule in exceptions["deselected"] if rule.get("as", ALIAS) == ALIAS]
         used = set()
         kept, dropped = [], []
         for item in items:
@@ -54,17 +54,14 @@ class Report:
                 dropped.append(item)
                 continue
             name = item.nodeid.rpartition("/")[2]
-            if (rule := matching(changes, name)) is not None:
-                used.add(rule["test"])
-                self.modules[module_of(name)]["with_arguments"].append([name, rule["reason"]])
-            rule = matching(rules, name)
+            rule = next((rule for rule in rules if fnmatch.fnmatchcase(name, pattern(rule["test"]))), None)
             if rule is None:
                 kept.append(item)
                 continue
             used.add(rule["test"])
             self.modules[module_of(name)]["deselected"].append([name, rule["reason"]])
             dropped.append(item)
-        self.stale = [rule["test"] for rule in rules + changes if rule["test"] not in used]
+        self.stale = [rule["test"] for rule in rules if rule["test"] not in used]
         items[:] = kept
         config.hook.pytest_deselected(items=dropped)
 
@@ -80,20 +77,6 @@ class Report:
 
     def pytest_sessionfinish(self) -> None:
         Path(os.environ["CONFORMANCE_REPORT"]).write_text(json.dumps({"modules": self.modules, "stale": self.stale}))
-
-
-@pytest.fixture(autouse=True)
-def arguments_of_exception(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the algorithm take the arguments that the exceptions name for this test, where the test passes none of its own."""
-    rule = matching(rules_of("with_arguments"), request.node.nodeid.rpartition("/")[2])
-    if rule is not None:
-        default = ALGO.__init__
-
-        @functools.wraps(default)
-        def init(self: BaseAlgorithm, *args: Any, **kwargs: Any) -> None:
-            default(self, *args, **rule["arguments"] | kwargs)
-
-        monkeypatch.setattr(ALGO, "__init__", init)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -116,17 +99,6 @@ def names(code: CodeType) -> set[str]:
         if isinstance(constant, CodeType):
             found |= names(constant)
     return found
-
-
-def rules_of(kind: str) -> list[dict[str, Any]]:
-    """The exceptions of one kind that hold for the replaced class."""
-    exceptions = tomllib.loads(Path(os.environ["CONFORMANCE_EXCEPTIONS"]).read_text())
-    return [rule for rule in exceptions[kind] if rule.get("as", ALIAS) == ALIAS]
-
-
-def matching(rules: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """The first rule that a test's name matches."""
-    return next((rule for rule in rules if fnmatch.fnmatchcase(name, pattern(rule["test"]))), None)
 
 
 def pattern(test: str) -> str:

@@ -144,7 +144,6 @@ def markdown(results: dict[tuple[str, str], dict[str, Any]], modules: list[str])
         "failed": "Failed",
         "skipped": "Skipped by the tests themselves",
         "deselected": "Deselected",
-        "with_arguments": "Run with other arguments than the defaults",
     }
     for kind, title in titles.items():
         reasons: dict[tuple[str, str], list[str]] = {}
