@@ -262,7 +262,16 @@ MIXTURE = MixtureSameFamily(Categorical(torch.ones(2)), Normal(torch.tensor([-1.
 @pytest.mark.parametrize(
     ("algorithm", "arguments"),
     [
-        (RFM, {"coefficient": [0.5], "n_exploration_particles": 3, "n_target_particles": 2, "proposal": "policy"}),
+        (
+            RFM,
+            {
+                "coefficient": [0.5],
+                "n_particles": 2,
+                "n_exploration_particles": 3,
+                "n_target_particles": 2,
+                "proposal": "policy",
+            },
+        ),
         (RFM, {"coefficient": "diagonal", "sampler": "sde", "path": "cosine"}),
         (RFM, {"source": Laplace(0.0, 1.0)}),
         (QNE, {"source": MIXTURE, "path": "ve"}),
