@@ -95,6 +95,8 @@ class FlowActorCritic(PersistentAlgorithm):
     :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
     :param proposal: Where the ``x_t`` of the regression come from: ``"replay"`` → noised replayed actions, ``"policy"`` →
         noised actions of the current policy at replayed states
+    :param weighting: How much an error of the flow counts in each dimension: ``"gradient"`` → as much as Q changes there (see
+        :func:`~sb3_rfm.learner.regression_weights`), ``"uniform"`` → the same everywhere, as in the papers
     :param n_particles: Particles drawn for a deterministic action, of which the one with the highest min Q is taken
     :param n_exploration_particles: Particles drawn when exploring, one of which is chosen with probability ∝ exp(min Q / λ)
     :param n_target_particles: The same in the critic's target, and in ``proposal="policy"``
@@ -153,6 +155,7 @@ class FlowActorCritic(PersistentAlgorithm):
         sampler: str = "ode",
         integration_steps: int = 5,
         proposal: str = "replay",
+        weighting: str = "gradient",
         n_particles: int = 1,
         n_exploration_particles: int = 1,
         n_target_particles: int = 1,
@@ -204,6 +207,7 @@ class FlowActorCritic(PersistentAlgorithm):
         self.sampler = sampler
         self.integration_steps = integration_steps
         self.proposal = proposal
+        self.weighting = weighting
         self.n_particles = n_particles
         self.n_exploration_particles = n_exploration_particles
         self.n_target_particles = n_target_particles
@@ -249,6 +253,7 @@ class FlowActorCritic(PersistentAlgorithm):
             self.policy,
             self._posterior_mean,
             proposal=self.proposal,
+            weighting=self.weighting,
             n_target_particles=self.n_target_particles,
             temperature_share=self._temperature_share,
             reduced=resolve_precision(self.precision, self.device),
@@ -310,6 +315,8 @@ class FlowActorCritic(PersistentAlgorithm):
             check_integer(name, getattr(self, name), 1)
         if self.proposal not in ("replay", "policy"):
             raise ValueError(f"proposal must be 'replay' or 'policy', got {self.proposal!r}.")
+        if self.weighting not in ("gradient", "uniform"):
+            raise ValueError(f"weighting must be 'gradient' or 'uniform', got {self.weighting!r}.")
         if not (is_number(self.t_min) and 0 < self.t_min < 0.5):
             raise ValueError(f"t_min must lie strictly between 0 and 1/2, got {self.t_min!r}.")
         if self.max_grad_norm is not None and not (is_number(self.max_grad_norm) and self.max_grad_norm > 0):

@@ -24,7 +24,7 @@ from sb3_rfm.critics import QCritic
 from sb3_rfm.execution import Executor
 from sb3_rfm.gradients import Gradients, differentiate, step, train_extractors, trained
 from sb3_rfm.policies import FlowPolicy
-from sb3_rfm.posterior import LogProb, PosteriorMean
+from sb3_rfm.posterior import LogProb, PosteriorMean, value_and_gradient
 from sb3_rfm.recording import Recorded
 from sb3_rfm.scales import action_spread, update_reward_scale, update_temperature
 
@@ -40,6 +40,8 @@ class Learner:
     :param posterior_mean: What the flow is regressed on
     :param proposal: Which actions are noised for the regression: ``"replay"`` → replayed ones, ``"policy"`` → actions of the
         current policy at replayed states
+    :param weighting: How the dimensions of an error count in the regression: ``"gradient"`` → see :func:`regression_weights`,
+        ``"uniform"`` → all the same
     :param n_target_particles: Particles of which one is chosen where the policy is drawn from, here and in the critic's target
     :param temperature_share: Share of the spread of Q that the temperature follows; None where it is fixed
     :param reduced: Whether candidates are evaluated, and actions drawn, in bfloat16
@@ -56,6 +58,7 @@ class Learner:
         policy: FlowPolicy,
         posterior_mean: RegressionTarget,
         proposal: str,
+        weighting: str,
         n_target_particles: int,
         temperature_share: float | None,
         reduced: bool,
@@ -64,7 +67,7 @@ class Learner:
         self.policy, self.actor = policy, policy.actor
         self.critic, self.critic_target = policy.critic, policy.critic_target
         self.posterior_mean = posterior_mean
-        self.proposal, self.n_target_particles = proposal, n_target_particles
+        self.proposal, self.weighting, self.n_target_particles = proposal, weighting, n_target_particles
         self.temperature_share = temperature_share
         self.reduced = reduced
         self.executor = executor
@@ -184,7 +187,7 @@ class Learner:
         }
 
     def actor_loss(self, actor_features: Tensor, critic_features: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the flow's data prediction against the posterior mean of the Boltzmann policy's latent.
+        """Weighted squared error of the flow's data prediction against the posterior mean of the Boltzmann policy's latent.
 
         :param actor_features: (B, F)
         :param critic_features: (B, F)
@@ -207,8 +210,9 @@ class Learner:
 
         with th.no_grad():
             posterior = self.posterior_mean(log_prob, x_t, t, prediction.detach())
+            error_weights = 1.0 if self.weighting == "uniform" else regression_weights(log_prob, prediction.detach())
             spread = action_spread(self.critic, encoded_q, self.actor.action_dim)
-        loss = (prediction - posterior.x1).square().sum(-1).mean()
+        loss = (error_weights * (prediction - posterior.x1).square()).sum(-1).mean()
         return loss, {
             "actor_loss": loss.detach(),
             "ess": posterior.ess.mean(),
@@ -246,6 +250,26 @@ class Learner:
         statistics, target_statistics = self._copied
         if statistics:
             th._foreach_copy_(target_statistics, statistics)
+
+
+def regression_weights(log_prob: LogProb, prediction: Tensor, spread: float = 0.3, largest: float = 20.0) -> Tensor:
+    """How much an error of the flow costs in each dimension: the size of the log-density's gradient around its prediction.
+
+    A network that is never quite there errs where errors are cheap, in Q and not in the latent. The gradient is looked at on
+    both sides of the prediction, so that it tells of the slope where the policy is not yet at its best, and of the curvature
+    where it is. The points are none of the candidates: with weights that are independent of what it is regressed on, a
+    flow still has its optimum at the posterior mean, whatever they are.
+
+    :param log_prob: Log-density of the Boltzmann policy in the latent
+    :param prediction: The flow's prediction of the data mean, (B, D)
+    :param spread: How far around it, in the latent: about the standard deviation of the policy
+    :param largest: Largest weight
+    :return: Weights, 1 in the mean but for those that were too large, (B, D)
+    """
+    offset = spread * th.randn_like(prediction)
+    _, gradient = value_and_gradient(log_prob, th.stack([prediction - offset, prediction + offset], dim=1))
+    size = gradient.square().mean(1).sqrt()
+    return (size / size.mean()).clamp(max=largest)
 
 
 def _running_statistics(critic: QCritic) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sb3_rfm import RFM
 from sb3_rfm.actors import boltzmann_log_prob, squash, unsquash
 from sb3_rfm.critics import QCritic
+from sb3_rfm.learner import regression_weights
 from sb3_rfm.scales import update_reward_scale
 
 
@@ -86,6 +87,38 @@ def test_the_flow_that_knows_the_posterior_mean_has_no_loss(path: str, monkeypat
         loss, _ = model._learner.actor_loss(features, features, actions)
     untrained, _ = model._learner.actor_loss(features, features, actions)
     assert loss.item() < 1e-3 < 0.1 < untrained.item()
+
+
+def test_errors_count_as_much_as_the_density_changes_there() -> None:
+    """log p = -1/2 sum_j c_j (u_j - m_j)^2, whose gradient is c (m - u), and c times the spread in the mean square at u = m."""
+    curvature, mean = th.tensor([1.0, 3.0, 9.0]), th.tensor([0.1, -0.4, 0.7])
+    log_prob = lambda u: -0.5 * (curvature * (u - mean).square()).sum(-1)  # noqa: E731
+    predictions = th.randn(50, 3)
+    away = regression_weights(log_prob, predictions, spread=1e-4)
+    slope = curvature * (predictions - mean).abs()
+    th.testing.assert_close(away, slope / slope.mean(), rtol=1e-2, atol=1e-3)
+    at_its_best = regression_weights(log_prob, mean.expand(20_000, 3)).square().mean(0).sqrt()
+    th.testing.assert_close(at_its_best / at_its_best[0], curvature, rtol=0.05, atol=0)
+
+
+def test_weights_are_bounded_and_equal_where_slopes_are() -> None:
+    log_prob = lambda u: u.sum(-1) * th.tensor([1.0] * 99 + [1e4])[:, None]  # noqa: E731
+    weights = regression_weights(log_prob, th.zeros(100, 2))
+    assert weights.max() == 20.0
+    th.testing.assert_close(regression_weights(lambda u: u.sum(-1), th.zeros(4, 2)), th.ones(4, 2))
+
+
+@pytest.mark.parametrize(("weighting", "factor"), [("uniform", 1.0), ("gradient", 3.0)])
+def test_the_weights_are_those_of_the_regression(weighting: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(weighting=weighting)
+    monkeypatch.setattr("sb3_rfm.learner.regression_weights", lambda log_prob, prediction: 3.0)
+    features, actions = th.randn(8, 3), 1.6 * th.rand(8, 1) - 0.8
+    target = model._learner.posterior_mean
+    monkeypatch.setattr(
+        model._learner, "posterior_mean", lambda *args: target(*args)._replace(x1=args[-1] + 1)  # one off everywhere
+    )
+    loss, _ = model._learner.actor_loss(features, features, actions)
+    assert loss.item() == pytest.approx(factor)
 
 
 def test_a_new_unit_leaves_values_as_they_are() -> None:
