@@ -252,7 +252,7 @@ class Learner:
             th._foreach_copy_(target_statistics, statistics)
 
 
-def regression_weights(log_prob: LogProb, prediction: Tensor, spread: float = 0.3, largest: float = 20.0) -> Tensor:
+def regression_weights(log_prob: LogProb, prediction: Tensor, spread: float = 0.3) -> Tensor:
     """How much an error of the flow costs in each dimension: the size of the log-density's gradient around its prediction.
 
     A network that is never quite there errs where errors are cheap, in Q and not in the latent. The gradient is looked at on
@@ -263,13 +263,12 @@ def regression_weights(log_prob: LogProb, prediction: Tensor, spread: float = 0.
     :param log_prob: Log-density of the Boltzmann policy in the latent
     :param prediction: The flow's prediction of the data mean, (B, D)
     :param spread: How far around it, in the latent: about the standard deviation of the policy
-    :param largest: Largest weight
-    :return: Weights, 1 in the mean but for those that were too large, (B, D)
+    :return: Weights, 1 in the mean over the dimensions of each state, (B, D)
     """
     offset = spread * th.randn_like(prediction)
     _, gradient = value_and_gradient(log_prob, th.stack([prediction - offset, prediction + offset], dim=1))
-    size = gradient.square().mean(1).sqrt()
-    return (size / size.mean()).clamp(max=largest)
+    size = gradient.square().mean(1).sqrt().clamp(min=th.finfo(gradient.dtype).tiny)
+    return size / size.mean(1, keepdim=True)
 
 
 def _running_statistics(critic: QCritic) -> list[Tensor]:

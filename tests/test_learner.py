@@ -89,23 +89,23 @@ def test_the_flow_that_knows_the_posterior_mean_has_no_loss(path: str, monkeypat
     assert loss.item() < 1e-3 < 0.1 < untrained.item()
 
 
-def test_errors_count_as_much_as_the_density_changes_there() -> None:
+def test_errors_count_as_much_as_the_density_changes_in_their_dimension() -> None:
     """log p = -1/2 sum_j c_j (u_j - m_j)^2, whose gradient is c (m - u), and c times the spread in the mean square at u = m."""
     curvature, mean = th.tensor([1.0, 3.0, 9.0]), th.tensor([0.1, -0.4, 0.7])
     log_prob = lambda u: -0.5 * (curvature * (u - mean).square()).sum(-1)  # noqa: E731
     predictions = th.randn(50, 3)
     away = regression_weights(log_prob, predictions, spread=1e-4)
     slope = curvature * (predictions - mean).abs()
-    th.testing.assert_close(away, slope / slope.mean(), rtol=1e-2, atol=1e-3)
-    at_its_best = regression_weights(log_prob, mean.expand(20_000, 3)).square().mean(0).sqrt()
-    th.testing.assert_close(at_its_best / at_its_best[0], curvature, rtol=0.05, atol=0)
+    th.testing.assert_close(away, slope / slope.mean(1, keepdim=True), rtol=1e-2, atol=1e-3)
+    at_its_best = regression_weights(log_prob, mean.expand(20_000, 3), spread=2.0)
+    th.testing.assert_close(at_its_best.mean(1), th.ones(20_000))
+    assert (at_its_best.mean(0).diff() > 0.3).all()
 
 
-def test_weights_are_bounded_and_equal_where_slopes_are() -> None:
-    log_prob = lambda u: u.sum(-1) * th.tensor([1.0] * 99 + [1e4])[:, None]  # noqa: E731
-    weights = regression_weights(log_prob, th.zeros(100, 2))
-    assert weights.max() == 20.0
-    th.testing.assert_close(regression_weights(lambda u: u.sum(-1), th.zeros(4, 2)), th.ones(4, 2))
+def test_every_state_counts_the_same() -> None:
+    slopes = th.tensor([[1.0, 3.0], [1e6, 3e6], [0.0, 0.0]])
+    weights = regression_weights(lambda u: (slopes[:, None] * u).sum(-1), th.zeros(3, 2))
+    th.testing.assert_close(weights, th.tensor([[0.5, 1.5], [0.5, 1.5], [1.0, 1.0]]))
 
 
 @pytest.mark.parametrize(("weighting", "factor"), [("uniform", 1.0), ("gradient", 3.0)])
