@@ -95,8 +95,8 @@ class FlowActorCritic(PersistentAlgorithm):
     :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
     :param proposal: Where the ``x_t`` of the regression come from: ``"replay"`` → noised replayed actions, ``"policy"`` →
         noised actions of the current policy at replayed states
-    :param weighting: How much an error of the flow counts in each dimension: ``"gradient"`` → as much as Q changes there (see
-        :func:`~sb3_rfm.learner.regression_weights`), ``"uniform"`` → the same everywhere, as in the papers
+    :param weighting: How much an error of the flow counts in each dimension: ``"gradient"`` → as much as Q changes in it, see
+        :func:`~sb3_rfm.learner.regression_weights`; ``"uniform"`` → all the same, as in the papers
     :param n_particles: Particles drawn for a deterministic action, of which the one with the highest min Q is taken
     :param n_exploration_particles: Particles drawn when exploring, one of which is chosen with probability ∝ exp(min Q / λ)
     :param n_target_particles: The same in the critic's target, and in ``proposal="policy"``
