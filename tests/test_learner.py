@@ -106,17 +106,19 @@ def test_every_state_counts_the_same() -> None:
     slopes = th.tensor([[1.0, 3.0], [1e6, 3e6], [0.0, 0.0]])
     weights = regression_weights(lambda u: (slopes[:, None] * u).sum(-1), th.zeros(3, 2))
     th.testing.assert_close(weights, th.tensor([[0.5, 1.5], [0.5, 1.5], [1.0, 1.0]]))
+    alone = regression_weights(lambda u: (slopes[:, None, :1] * u).sum(-1), th.zeros(3, 1))
+    assert (alone == 1).all(), "nothing to be weighed against"
 
 
 @pytest.mark.parametrize(("weighting", "factor"), [("uniform", 1.0), ("gradient", 3.0)])
 def test_the_weights_are_those_of_the_regression(weighting: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(weighting=weighting)
     monkeypatch.setattr("sb3_rfm.learner.regression_weights", lambda log_prob, prediction: 3.0)
-    features, actions = th.randn(8, 3), 1.6 * th.rand(8, 1) - 0.8
     target = model._learner.posterior_mean
     monkeypatch.setattr(
         model._learner, "posterior_mean", lambda *args: target(*args)._replace(x1=args[-1] + 1)  # one off everywhere
     )
+    features, actions = th.randn(8, 3), 1.6 * th.rand(8, 1) - 0.8
     loss, _ = model._learner.actor_loss(features, features, actions)
     assert loss.item() == pytest.approx(factor)
 
