@@ -90,7 +90,7 @@ def test_the_flow_that_knows_the_posterior_mean_has_no_loss(path: str, monkeypat
 
 
 def test_errors_count_as_much_as_the_density_changes_in_their_dimension() -> None:
-    """log p = -1/2 sum_j c_j (u_j - m_j)^2, whose gradient is c (m - u), and c times the spread in the mean square at u = m."""
+    """log p = -1/2 sum_j c_j (u_j - m_j)^2, whose gradient is c (m - u), and in the mean c times the spread at u = m."""
     curvature, mean = th.tensor([1.0, 3.0, 9.0]), th.tensor([0.1, -0.4, 0.7])
     log_prob = lambda u: -0.5 * (curvature * (u - mean).square()).sum(-1)  # noqa: E731
     predictions = th.randn(50, 3)
@@ -116,7 +116,9 @@ def test_the_weights_are_those_of_the_regression(weighting: str, factor: float, 
     monkeypatch.setattr("sb3_rfm.learner.regression_weights", lambda log_prob, prediction: 3.0)
     target = model._learner.posterior_mean
     monkeypatch.setattr(
-        model._learner, "posterior_mean", lambda *args: target(*args)._replace(x1=args[-1] + 1)  # one off everywhere
+        model._learner,
+        "posterior_mean",
+        lambda *args: target(*args)._replace(x1=args[-1] + 1),  # one off everywhere
     )
     features, actions = th.randn(8, 3), 1.6 * th.rand(8, 1) - 0.8
     loss, _ = model._learner.actor_loss(features, features, actions)
