@@ -258,9 +258,9 @@ def regression_weights(log_prob: LogProb, prediction: Tensor, spread: float = 0.
     A network that is never quite there errs where errors are cheap, in Q and not in the latent. The gradient is looked at on
     both sides of the prediction, so that it tells of the slope where the policy is not yet at its best, and of the curvature
     where it is. The points are none of the candidates: with weights that are independent of what it is regressed on, a
-    flow still has its optimum at the posterior mean, whatever they are.
+    flow still has its optimum at the posterior mean, whatever they are. The rule is this library's.
 
-    :param log_prob: Log-density of the Boltzmann policy in the latent
+    :param log_prob: Log-density of the Boltzmann policy in the latent, (B, K, D) → (B, K)
     :param prediction: The flow's prediction of the data mean, (B, D)
     :param spread: How far around it, in the latent: about the standard deviation of the policy
     :return: Weights, 1 in the mean over the dimensions of each state, (B, D)
