@@ -4,6 +4,8 @@ import html
 import importlib
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from scipy import stats
 
 from sb3_rfm import RFM
 from sb3_rfm.benchmark import cases, cost, figures, records, report, speed, statistics
-from sb3_rfm.benchmark.__main__ import main
+from sb3_rfm.benchmark.__main__ import main, make_parser, planned
 from sb3_rfm.benchmark.cases import Sizes
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, find_runs, git_commit, write_atomic
 from sb3_rfm.benchmark.results import Results
@@ -730,14 +732,32 @@ def test_what_becomes_of_a_run_that_ends(
     assert len(engine.started) == n_started
 
 
-def test_a_failed_run_is_shown_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+TRACEBACK = "Traceback (most recent call last):\n  File 'x.py', line 1\n    x()\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        (f"{TRACEBACK}ValueError: no [such] thing\ntensor([nan])\n\n", "ValueError: no [such] thing"),
+        # The names of Gymnasium's errors do not end in Error; the log goes on from the attempt before; one follows another.
+        (
+            f"{TRACEBACK}OSError: of the first attempt\na warning\n{TRACEBACK}ModuleNotFoundError: No module named 'Box2D'\n\n"
+            f"The above exception was the direct cause of the following exception:\n\n{TRACEBACK}"
+            "gymnasium.error.DependencyNotInstalled: Box2D is not installed\n",
+            "gymnasium.error.DependencyNotInstalled: Box2D is not installed",
+        ),
+        ("a warning\nthe last line\n", "the last line"),
+        ("", "no output"),
+    ],
+)
+def test_a_failed_run_is_shown_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: str, error: str) -> None:
     monkeypatch.setattr("sb3_rfm.benchmark.runner.POLL_SECONDS", 0.0)
     folder = RunFolder.create(tmp_path, spec())
-    (folder.path / "log.txt").write_text("Traceback\nValueError: no [such] thing\ntensor([nan])\n\n")
+    (folder.path / "log.txt").write_text(log)
     console = Console(width=80)
     with console.capture() as capture:
         Sweep([folder], ScriptedEngine(1), console).run()
-    assert f"failed: {folder.path / 'log.txt'}: ValueError: no [such] thing\n" in capture.get()
+    assert f"failed: {folder.path / 'log.txt'}: {error}\n" in capture.get()
 
 
 def test_a_killed_run_is_no_riddle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -820,8 +840,45 @@ def test_a_cluster_without_ray_is_explained(
     monkeypatch.delitem(sys.modules, "sb3_rfm.benchmark.cluster", raising=False)
     with pytest.raises(SystemExit):
         main(["run", "--suite", "Pendulum-v1", "--engine", "ray", "--out", str(tmp_path / "results")])
-    assert "pip install 'sb3_rfm[cluster]'" in capsys.readouterr().err
+    assert "pip install '.[cluster]'" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--suite", "Pendulum-v1", "--out", "{}/results"],
+        ["speed", "--quick", "--cases", "rfm", "--out", "{}/speed"],
+        ["report", "{}"],
+    ],
+)
+def test_a_folder_that_cannot_be_is_an_error_at_once(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main([argument.format(tmp_path / "file") for argument in arguments])
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def documented_runs() -> Iterator[Any]:
+    """The arguments of each ``run`` in the documentation."""
+    root = Path(__file__).parent.parent
+    for file in [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "docs/algorithms").glob("*.md"))]:
+        text = file.read_text(encoding="utf-8").replace("\\\n", " ")
+        for command in re.findall(r"^python -m sb3_rfm\.benchmark (run .*)$", text, re.MULTILINE):
+            yield pytest.param(shlex.split(command, comments=True), id=f"{file.name}: {' '.join(command.split())}")
+
+
+@pytest.mark.parametrize("command", list(documented_runs()))
+def test_documented_runs_can_be_repeated(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The committed folders hold the runs that the command beside them describes, and not others of the same name."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    args = make_parser().parse_args(command)
+    specs = planned(args)
+    assert specs
+    for each in specs:
+        RunFolder(args.out / each.name).check(each)
 
 
 # Speed

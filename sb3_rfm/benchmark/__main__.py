@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sb3_rfm.benchmark.records import RunFolder, RunSpec
 from sb3_rfm.benchmark.suites import SETTINGS, SUITES, get_setting, get_tasks, parse_overrides
 
 
@@ -75,15 +76,14 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/speed"), help="folder of table, JSON and figures")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do the runs that are not finished yet."""
-    from sb3_rfm.benchmark.records import RunFolder
-    from sb3_rfm.benchmark.runner import Engine, LocalEngine, Sweep, plan
+def planned(args: argparse.Namespace) -> list[RunSpec]:
+    """The runs that the arguments of ``run`` describe."""
+    from sb3_rfm.benchmark.runner import plan
 
     arguments = parse_overrides(args.set, args.algos)
     for label in args.algos:
         get_setting(label, arguments[label])
-    specs = plan(
+    return plan(
         [task for name in args.suite for task in get_tasks(name, args.steps)],
         args.algos,
         range(args.first_seed, args.first_seed + args.seeds),
@@ -91,13 +91,20 @@ def run(args: argparse.Namespace) -> int:
         eval_episodes=args.eval_episodes,
         arguments=arguments,
     )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the runs that are not finished yet."""
+    from sb3_rfm.benchmark.runner import Engine, LocalEngine, Sweep
+
+    specs = planned(args)
     options = ["--checkpoint-every", str(args.checkpoint_every), *(["--keep-checkpoint"] if args.keep_checkpoints else [])]
     engine: Engine
     if args.engine == "ray":
         try:
             from sb3_rfm.benchmark.cluster import RayEngine
         except ModuleNotFoundError as error:
-            raise ValueError(f"--engine ray needs Ray: pip install 'sb3_rfm[cluster]' ({error}).") from error
+            raise ValueError(f"--engine ray needs Ray: pip install '.[cluster]' in a checkout ({error}).") from error
         engine = RayEngine(args.threads, args.gpus, options)
     elif args.gpus:
         raise ValueError("--gpus is for --engine ray; runs on this machine share its GPU as they are.")
@@ -137,6 +144,7 @@ def speed(args: argparse.Namespace) -> int:
     unknown = set(cases) - set(available(paper=True))
     if unknown:
         raise ValueError(f"Unknown or not installed: {sorted(unknown)}; available are {available(paper=True)}.")
+    args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is not worth measuring
     with cores(args.threads), console.status("") as status:
         result = speed.measure(list(dict.fromkeys([*cases, speed.REFERENCE])), conditions, status.update)
         speed.write(args.out, result)
@@ -151,23 +159,29 @@ def speed(args: argparse.Namespace) -> int:
     return 0
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m sb3_rfm.benchmark", description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_run(commands.add_parser("run", help="learn and evaluate: algorithms × tasks × seeds"))
+    add_report(commands.add_parser("report", help="tables, learning curves and statistics of a results folder"))
+    add_speed(commands.add_parser("speed", help="updates, steps and predictions per second, and memory"))
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     :param argv: Arguments; those of the process by default
     :return: Exit status
     """
-    parser = argparse.ArgumentParser(prog="python -m sb3_rfm.benchmark", description=(__doc__ or "").splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    add_run(commands.add_parser("run", help="learn and evaluate: algorithms × tasks × seeds"))
-    add_report(commands.add_parser("report", help="tables, learning curves and statistics of a results folder"))
-    add_speed(commands.add_parser("speed", help="updates, steps and predictions per second, and memory"))
+    parser = make_parser()
     args = parser.parse_args(argv)
     # A scheduler's SIGTERM is handled like Ctrl-C: the processes of the runs are stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return {"run": run, "report": report, "speed": speed}[args.command](args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("Stopped. The same command continues.", file=sys.stderr)

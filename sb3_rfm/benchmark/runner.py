@@ -5,7 +5,6 @@ another process is doing is waited for, so that several machines may share a fol
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -310,11 +309,12 @@ class Sweep:
 
 
 def error_of(folder: RunFolder) -> str:
-    """The error of a run that failed, by its log: the last line that begins with the name of one, else the last."""
+    """The error of a run that failed, by its log: what the last traceback ends with, else the last line."""
     log = folder.path / "log.txt"
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-    lines = [line for line in lines if line.strip()] or ["no output"]
-    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)), lines[-1])
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    _, _, trace = text.rpartition("Traceback (most recent call last):\n")
+    lines = [line for line in trace.split("\n") if line.strip()] or ["no output"]
+    return next((line for line in lines if not line.startswith(" ")), lines[-1]) if trace != text else lines[-1]
 
 
 def duration(seconds: float) -> str:
