@@ -46,6 +46,8 @@ def check_algorithm(model: OffPolicyAlgorithm, policy_type: type[BasePolicy]) ->
     if not isinstance(model.observation_space, OBSERVATIONS):
         known = ", ".join(space.__name__ for space in OBSERVATIONS)
         raise ValueError(f"Observations must be one of {known}, got {model.observation_space}.")
+    if isinstance(model.observation_space, spaces.Box) and not model.observation_space.shape:
+        raise ValueError(f"Observations must be arrays: make a vector of length one of {model.observation_space}.")
     box = model.action_space
     assert isinstance(box, spaces.Box)  # SB3 has checked
     if not (np.issubdtype(box.dtype, np.floating) and np.prod(box.shape) > 0):
@@ -145,15 +147,15 @@ def check_finite(name: str, values: Any, note: str) -> None:
 
 
 def parse_auto_temperature(temperature: float | str) -> float | None:
-    """The fraction in ``"auto"`` or ``"auto_<fraction>"``, or None for a fixed temperature.
+    """The share in ``"auto"`` or ``"auto_<share>"``, or None for a fixed temperature.
 
     :raises ValueError: unless ``temperature`` is one of these, or a positive number
     """
     if isinstance(temperature, str):
         automatic = re.fullmatch(r"auto(?:_(\d*\.?\d+(?:[eE][-+]?\d+)?))?", temperature)
-        fraction = float(automatic[1] or AUTO_TEMPERATURE) if automatic else 0.0
-        if fraction > 0:
-            return fraction
+        share = float(automatic[1] or AUTO_TEMPERATURE) if automatic else 0.0
+        if share > 0:
+            return share
     elif is_number(temperature) and temperature > 0:
         return None
-    raise ValueError(f"temperature must be 'auto', 'auto_<fraction>' or a positive number, got {temperature!r}.")
+    raise ValueError(f"temperature must be 'auto', 'auto_<share>' or a positive number, got {temperature!r}.")

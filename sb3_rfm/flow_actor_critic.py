@@ -199,6 +199,7 @@ class FlowActorCritic(PersistentAlgorithm):
         )
         # SB3's SAC writes into the dictionary that it is given, which may be given to this class next.
         self.policy_kwargs = {name: value for name, value in self.policy_kwargs.items() if name != "use_sde" or value}
+        self.algorithm = self._algorithm_name()  # files say by it whose they are
         self.temperature = temperature
         self.n_candidates = n_candidates
         self.coefficient = coefficient
@@ -217,6 +218,11 @@ class FlowActorCritic(PersistentAlgorithm):
         self.precision = precision
         if _init_setup_model:
             self._setup_model()
+
+    @classmethod
+    def _algorithm_name(cls) -> str:
+        """Name of the algorithm; a user's subclass is still the same."""
+        return next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("sb3_rfm."))
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         check_policy_name(self, policy_name, FlowPolicy)
@@ -303,6 +309,10 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _check_arguments(self) -> None:
         """Refuse arguments out of range before anything is built."""
+        if self.algorithm != self._algorithm_name():
+            raise ValueError(
+                f"The file was saved by {self.algorithm}, not by {self._algorithm_name()}: load it with {self.algorithm}.load."
+            )
         check_algorithm(self, FlowPolicy)
         parse_auto_temperature(self.temperature)
         coefficient = None if self.coefficient is None else check_coefficient(self.coefficient)
@@ -423,7 +433,9 @@ class FlowActorCritic(PersistentAlgorithm):
         return self
 
     def settled_arguments(self) -> dict[str, Any]:
-        settled: dict[str, Any] = {"execution": self._learner.executor.mode}  # "auto" chose it by the length of the whole run
+        settled: dict[str, Any] = {}
+        if self._learner.executor.mode != "eager":
+            settled["execution"] = self._learner.executor.mode  # "auto" chose it by the length of the whole run
         if self._temperature_share is not None:
             settled["temperature"] = f"auto_{self._temperature_share}"  # another version may have another default
         return settled

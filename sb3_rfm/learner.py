@@ -113,7 +113,8 @@ class Learner:
         update_reward_scale(self.policy, batch.rewards, scale_temperature=share is not None)
         discounts = th.full_like(batch.rewards, gamma) if batch.discounts is None else batch.discounts
         actor_features = self.actor.features(batch.observations)
-        critic_features = self.critic.features(batch.observations)
+        shared = self.critic.share_features_extractor
+        critic_features = actor_features.detach() if shared else self.critic.features(batch.observations)
         with th.no_grad():
             next_actor_features = self.actor.features(batch.next_observations)
             next_critic_features = self.critic_target.features(batch.next_observations)
@@ -258,13 +259,16 @@ def regression_weights(log_prob: LogProb, prediction: Tensor, spread: float = 0.
     A network that is never quite there errs where errors are cheap, in Q and not in the latent. The gradient is looked at on
     both sides of the prediction, so that it tells of the slope where the policy is not yet at its best, and of the curvature
     where it is. The points are none of the candidates: with weights that are independent of what it is regressed on, a
-    flow still has its optimum at the posterior mean, whatever they are. The rule is this library's.
+    flow still has its optimum at the posterior mean, whatever they are. One dimension has nothing to be compared with. The
+    rule is this library's.
 
     :param log_prob: Log-density of the Boltzmann policy in the latent, (B, K, D) → (B, K)
     :param prediction: The flow's prediction of the data mean, (B, D)
     :param spread: How far around it, in the latent: about the standard deviation of the policy
     :return: Weights, 1 in the mean over the dimensions of each state, (B, D)
     """
+    if prediction.shape[1] == 1:
+        return th.ones_like(prediction)
     offset = spread * th.randn_like(prediction)
     _, gradient = value_and_gradient(log_prob, th.stack([prediction - offset, prediction + offset], dim=1))
     size = gradient.square().mean(1).sqrt().clamp(min=th.finfo(gradient.dtype).tiny)

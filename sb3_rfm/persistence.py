@@ -14,7 +14,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise, VectorizedActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BaseModel
-from stable_baselines3.common.save_util import open_path
+from stable_baselines3.common.save_util import load_from_pkl, open_path
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import get_device
 
@@ -74,10 +74,10 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         :param truncate_last_traj: With ``HerReplayBuffer``: whether the last trajectory ends here
         :param trusted: Read everything, as SB3 does: this runs any code that the file contains
         :raises ~sb3_rfm.safe_pickle.RefusedError: where the file refers to anything but known data types, unless ``trusted``
-        :raises ValueError: where the file is not a pickle
+        :raises ValueError: where the file is not a replay buffer that fits the model
         """
         if trusted:
-            super().load_replay_buffer(path, truncate_last_traj)  # type: ignore[arg-type]
+            self._set_replay_buffer(load_from_pkl(path, self.verbose), truncate_last_traj)  # type: ignore[arg-type]
             return
         file = open_path(path, "r", verbose=self.verbose, suffix="pkl")  # type: ignore[arg-type]
         with contextlib.nullcontext(file) if file is path else file:
@@ -99,9 +99,15 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
             buffer.set_env(self.env)
             if truncate_last_traj:
                 buffer.truncate_last_trajectory()
-        if isinstance(buffer, NStepReplayBuffer) and isinstance(self.replay_buffer, NStepReplayBuffer):
+        ours = self.replay_buffer
+        if isinstance(buffer, NStepReplayBuffer):
             # It holds single steps: how many make a return, and their discount, are the model's.
-            buffer.n_steps, buffer.gamma = self.replay_buffer.n_steps, self.replay_buffer.gamma
+            returns = ours if isinstance(ours, NStepReplayBuffer) else self
+            buffer.n_steps, buffer.gamma = returns.n_steps, returns.gamma
+        elif isinstance(ours, NStepReplayBuffer):
+            raise ValueError(
+                f"The file holds a {type(buffer).__name__}, of single steps; the model has n_steps={ours.n_steps}."
+            )
         buffer.device = self.device
         self.replay_buffer = buffer
 
@@ -173,9 +179,14 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
         observation, noise = self._last_obs, self.action_noise
+        if isinstance(noise, VectorizedActionNoise) and self.env is not None and noise.n_envs != self.env.num_envs:
+            self.action_noise = noise.base_noise  # it was made for other environments; SB3 makes one for these
         states = [copy.deepcopy(vars(part)) for part in _parts(noise)]
         result = super()._setup_learn(total_timesteps, *args, **kwargs)
-        goes_on = observation is not None and self._last_obs is observation and self.num_timesteps > 0
+        is_reset = self._last_obs is not observation
+        if is_reset and isinstance(self.replay_buffer, NStepReplayBuffer):
+            checkpoint.end_trajectories(self.replay_buffer)  # else returns would run on into another episode
+        goes_on = observation is not None and not is_reset and self.num_timesteps > 0
         if goes_on and self.action_noise is noise:
             # Where the run goes on in the middle of an episode, so does the noise, which SB3 has just reset.
             for part, state in zip(_parts(noise), states, strict=True):

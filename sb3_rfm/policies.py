@@ -225,7 +225,10 @@ class FlowPolicy(BoundedPolicy):
 
     def acting_features(self, observation: PyTorchObs, n_particles: int) -> tuple[Tensor, Tensor | None]:
         """Features of the actor, and of the critic where it is to choose among particles, (B, F) each."""
-        return self.actor.features(observation), self.critic.features(observation) if n_particles > 1 else None
+        actor_features = self.actor.features(observation)
+        if n_particles == 1:
+            return actor_features, None
+        return actor_features, actor_features.detach() if self.share_features_extractor else self.critic.features(observation)
 
     def act(self, actor_features: Tensor, critic_features: Tensor | None, noise: Tensor, deterministic: bool) -> Tensor:
         """Actions in (-1, 1) for features, from given noise.

@@ -10,7 +10,9 @@ from sb3_rfm.rfm import RFM
 
 
 class QNE(RFM):
-    """Q-weighted Noise Estimation: the posterior mean from Q alone; no gradient of Q is ever computed.
+    """Q-weighted Noise Estimation: the posterior mean from Q alone.
+
+    With ``weighting="uniform"``, no gradient of Q is computed.
 
     The parameters are those of :class:`~sb3_rfm.rfm.RFM` with ``coefficient`` fixed at 0.
     """

@@ -14,7 +14,7 @@ from sb3_rfm.sources import GaussianSource, get_source
 
 
 class QSM(FlowActorCritic):
-    """Q-Score Matching: one gradient of Q at ``x_t`` and no candidates.
+    """Q-Score Matching: the target takes one gradient of Q, at ``x_t``, and no candidates.
 
     The parameters are those of :class:`~sb3_rfm.flow_actor_critic.FlowActorCritic`; ``n_candidates`` is not used, there is no
     ``coefficient``, and ``source`` must be Gaussian. ``sampler`` chooses between reverse diffusion, its ODE, and Langevin

@@ -58,7 +58,7 @@ def action_spread(critic: QCritic, encoded_q: list[Tensor], action_dim: int, n_s
 
 
 @th.no_grad()
-def update_temperature(policy: FlowPolicy, spread: Tensor, fraction: float) -> None:
+def update_temperature(policy: FlowPolicy, spread: Tensor, share: float) -> None:
     """``temperature="auto"``: follow the spread of Q between random actions.
 
     A Boltzmann policy over D independent action dimensions whose Q differs by S between random actions keeps the same
@@ -66,9 +66,9 @@ def update_temperature(policy: FlowPolicy, spread: Tensor, fraction: float) -> N
 
     :param policy: Policy whose temperature is moved
     :param spread: Result of :func:`action_spread`
-    :param fraction: Temperature aimed at, as a share of S / sqrt(D)
+    :param share: Temperature aimed at, as a share of S / sqrt(D)
     """
-    value = fraction * spread / policy.actor.action_dim**0.5
+    value = share * spread / policy.actor.action_dim**0.5
     policy.n_batches += 1
     # The first batches average over all, later ones over about 200.
     policy.temperature.lerp_(value.clamp(min=1e-12), (1 / policy.n_batches).clamp(min=5e-3))

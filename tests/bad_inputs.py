@@ -227,6 +227,7 @@ ENVIRONMENTS = [
     observations("CnnPolicy", VECTOR, "MlpPolicy", AssertionError),
     observations("MultiInputPolicy", spaces.Dict({"a": DICTIONARY}), "Nested", NotImplementedError),
     observations("MlpPolicy", spaces.Tuple([VECTOR]), "Tuple"),
+    observations("MlpPolicy", spaces.Box(-1, 1, ()), "make a vector"),
     observations("MultiInputPolicy", DICTIONARY, "N-step", AssertionError, n_steps=3),
     observations("MultiInputPolicy", GOALS, "scalar", replay_buffer_class=HerReplayBuffer),
     Case("`set_env` with other observations", lambda files: files.model.set_env(Env(ACTION)), "Observation spaces"),
@@ -276,6 +277,10 @@ def load_buffer_of_another(files: Files) -> None:
     make(env=Env(ACTION)).load_replay_buffer(files / "buffer.pkl")
 
 
+def load_single_steps(files: Files) -> None:
+    make(n_steps=3).load_replay_buffer(files / "buffer.pkl")
+
+
 def load_malicious_policy(files: Files) -> None:
     th.save({"state_dict": {}, "data": Bomb(files / "boom")}, files / "policy.pth")
     FlowPolicy.load(str(files / "policy.pth"))
@@ -295,6 +300,7 @@ MODELS = [
     Case("… half a model", lambda files: RFM.load(files.truncated(files / "model.zip")), "truncated.zip"),
     Case("… a model with one byte changed", lambda files: RFM.load(files.damaged(files / "model.zip")), "damaged.zip"),
     Case("… a model of SAC", lambda files: RFM.load(files / "sac.zip"), "another algorithm"),
+    Case("`QNE.load` of a model of RFM", lambda files: QNE.load(files / "model.zip"), "saved by RFM"),
     Case("… a model with code", load_malicious_member, "refers to"),
     Case(
         "… a model with an environment to import",
@@ -321,6 +327,7 @@ MODELS = [
     Case("… a pickled dictionary", lambda f: f.model.load_replay_buffer(f.write("dict", pickle.dumps({}))), "dict"),
     Case("… a file with code", lambda f: f.model.load_replay_buffer(f.write("code", f.malicious())), "refers to"),
     Case("… a buffer of other observations", load_buffer_of_another, "observation_space"),
+    Case("… a buffer of single steps, with `n_steps=3`", load_single_steps, "n_steps=3"),
     Case("`set_parameters` with an unknown name", lambda f: f.model.set_parameters({"polcy": {}}), "polcy"),
 ]
 

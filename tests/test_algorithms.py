@@ -19,7 +19,7 @@ from tiny import TINY
 from torch import Tensor
 from torch.distributions import Distribution, Laplace, MultivariateNormal, Normal, StudentT
 
-from sb3_rfm import DQS, QNE, QSM, RFM, posterior
+from sb3_rfm import DQS, QNE, QSM, RFM, learner, posterior
 from sb3_rfm.actors import LATENT_BOUND
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.paths import get_path
@@ -138,10 +138,17 @@ def test_qne_asks_for_no_gradient_of_q(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr(posterior, "value_and_gradient", refuse)
-    QNE("MlpPolicy", Spring(), **TINY).learn(20)
-    with pytest.raises(AssertionError, match="gradient"):
-        RFM("MlpPolicy", Spring(), **TINY).learn(20)
+    for module in (posterior, learner):
+        monkeypatch.setattr(module, "value_and_gradient", refuse)
+    QNE("MlpPolicy", "Reacher-v5", **TINY, weighting="uniform").learn(20)
+    for algorithm, weighting in ((RFM, "uniform"), (QNE, "gradient")):
+        with pytest.raises(AssertionError, match="gradient"):
+            algorithm("MlpPolicy", "Reacher-v5", **TINY, weighting=weighting).learn(20)
+
+
+def test_one_dimension_has_no_weights() -> None:
+    weighted, uniform = (RFM("MlpPolicy", "Pendulum-v1", **TINY, weighting=w).learn(40) for w in ("gradient", "uniform"))
+    assert equal(weights(weighted), weights(uniform))
 
 
 def test_qsm_draws_no_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,10 +319,10 @@ def test_a_copy_learns_as_the_original(algorithm: type[FlowActorCritic], copied:
     model = algorithm("MlpPolicy", "Pendulum-v1", **TINY).learn(20)
     other = copied(model)
     assert other.policy is not model.policy
-    for learner in (model, other):
+    for each in (model, other):
         th.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002
-        learner.train(10, 16)
+        each.train(10, 16)
     for name, tensor in model.policy.state_dict().items():
         th.testing.assert_close(other.policy.state_dict()[name], tensor, rtol=0, atol=0)
 

@@ -178,6 +178,20 @@ def test_frozen_extractors_are_not_trained(share: bool) -> None:
         th.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_a_shared_extractor_sees_an_observation_once(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kwargs = {"features_extractor_class": LinearExtractor, "share_features_extractor": share}
+    model = make(policy_kwargs=TINY["policy_kwargs"] | kwargs).learn(20)
+    calls: list[int] = []
+    forward = LinearExtractor.forward
+    monkeypatch.setattr(LinearExtractor, "forward", lambda self, obs: calls.append(len(obs)) or forward(self, obs))
+    model.train(1, 16)
+    assert calls == [16] * (3 if share else 4)  # the target critic has its own
+    calls.clear()
+    model.predict(model.observation_space.sample(), deterministic=False)
+    assert calls == [1] * (1 if share else 2)
+
+
 def test_what_is_settled_stays_when_updates_are_run_another_way() -> None:
     model = make()
     model.proposal, model.n_target_particles = "policy", 32

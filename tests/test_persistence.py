@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import os
 import pickle
@@ -26,7 +27,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from tiny import TINY
 from torch.distributions import Categorical, Laplace, MixtureSameFamily, Normal, StudentT
 
-from sb3_rfm import DQS, QNE, QSM, RFM, Rewindable, RunCheckpoint, safe_pickle
+from sb3_rfm import DQS, QNE, QSM, RFM, Rewindable, RunCheckpoint, execution, safe_pickle
 from sb3_rfm.actors import FlowActor
 from sb3_rfm.checkpoint import checkpoints
 from sb3_rfm.critics import QCritic
@@ -606,6 +607,67 @@ def test_n_step_returns_follow_the_discount_of_now(tmp_path: Path, recwarn: pyte
             "MlpPolicy", "Pendulum-v1", **TINY, n_steps=5, replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=own
         ).replay_buffer
     assert (named.n_steps, named.gamma) == (3, 0.5)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_n_step_returns_are_those_of_the_model(tmp_path: Path, trusted: bool) -> None:
+    three = RFM("MlpPolicy", "Pendulum-v1", **TINY, n_steps=3, gamma=0.9)
+    three.save_replay_buffer(tmp_path / "three")
+    one = RFM("MlpPolicy", "Pendulum-v1", **TINY, gamma=0.5)
+    one.save_replay_buffer(tmp_path / "one")
+    one.load_replay_buffer(tmp_path / "three", trusted=trusted)
+    assert (one.replay_buffer.n_steps, one.replay_buffer.gamma) == (1, 0.5)
+    with pytest.raises(ValueError, match="n_steps=3"):
+        three.load_replay_buffer(tmp_path / "one", trusted=trusted)
+
+
+def test_n_step_returns_end_where_the_environment_is_reset() -> None:
+    model = RFM("MlpPolicy", "Pendulum-v1", **(TINY | {"learning_starts": 100}), n_steps=3)
+    model.learn(12)
+    model.learn(12, reset_num_timesteps=False)  # goes on in the same episode
+    model.learn(12)
+    buffer = model.replay_buffer
+    batch = buffer._get_samples(np.array([11, 23]))
+    assert not th.equal(batch.next_observations[0], th.tensor(buffer.next_observations[11, 0]))
+    th.testing.assert_close(batch.next_observations[1], th.tensor(buffer.next_observations[23, 0]))
+    assert batch.rewards[1].item() == pytest.approx(buffer.rewards[23, 0])
+    assert batch.discounts[1].item() == pytest.approx(model.gamma) and not batch.dones[1]  # its value goes on
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_noise_of_other_numbers_of_environments(tmp_path: Path, n_envs: int) -> None:
+    def envs(n: int) -> DummyVecEnv:
+        return DummyVecEnv([lambda: gym.make("Pendulum-v1")] * n)
+
+    noise = NormalActionNoise(np.zeros(1), np.ones(1))
+    RFM("MlpPolicy", envs(2), **TINY, action_noise=noise).learn(20).save(tmp_path / "m")
+    model = RFM.load(tmp_path / "m", env=envs(n_envs)).learn(12)
+    assert len(getattr(model.action_noise, "noises", [model.action_noise])) == n_envs
+
+
+class LoggedRFM(RFM):
+    """A user's own."""
+
+
+def test_files_of_another_algorithm_are_refused(tmp_path: Path) -> None:
+    for algorithm, other in itertools.permutations((RFM, QNE, DQS, QSM), 2):
+        algorithm("MlpPolicy", "Pendulum-v1", **TINY).save(tmp_path / "m")
+        with pytest.raises(ValueError, match=f"saved by {algorithm.__name__}, not by {other.__name__}"):
+            other.load(tmp_path / "m")
+    LoggedRFM("MlpPolicy", "Pendulum-v1", **TINY).save(tmp_path / "m")
+    RFM.load(tmp_path / "m").save(tmp_path / "m")
+    LoggedRFM.load(tmp_path / "m")
+    with pytest.raises(ValueError, match="saved by RFM, not by DQS"):
+        DQS.load(tmp_path / "m")
+
+
+def test_a_resumed_run_that_goes_on_for_long_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "has_compiler", lambda: True)
+    arguments = TINY | {"execution": "auto"}
+    RFM("MlpPolicy", "Pendulum-v1", **arguments).learn(20, callback=RunCheckpoint(10, tmp_path))
+    model = RFM.resume(tmp_path)
+    model._setup_learn(execution.MIN_UPDATES_TO_COMPILE + 100, None, False)
+    assert model._learner.executor.mode == "compile"
 
 
 def test_replay_buffer_of_other_environments_is_refused(tmp_path: Path) -> None:
