@@ -99,7 +99,7 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
             buffer.set_env(self.env)
             if truncate_last_traj:
                 buffer.truncate_last_trajectory()
-        ours = self.replay_buffer
+        ours = getattr(self, "replay_buffer", None)  # some delete theirs before they load another
         if isinstance(buffer, NStepReplayBuffer):
             # It holds single steps: how many make a return, and their discount, are the model's.
             returns = ours if isinstance(ours, NStepReplayBuffer) else self
