@@ -1,8 +1,9 @@
 """Checks of what users pass: each error says what was wrong and what was expected."""
 
+import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium import spaces
@@ -13,7 +14,14 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 
 from sb3_rfm.checks import check_integer, is_number
+from sb3_rfm.control_variates import check_coefficient
 from sb3_rfm.dict_observations import scalar_keys
+from sb3_rfm.execution import check_execution
+from sb3_rfm.paths import get_path
+from sb3_rfm.sources import GaussianSource, Source, get_source
+
+if TYPE_CHECKING:
+    from sb3_rfm.flow_actor_critic import FlowActorCritic
 
 AUTO_TEMPERATURE = 0.05
 """``temperature="auto"`` is ``"auto_0.05"``."""
@@ -72,6 +80,51 @@ def check_algorithm(model: OffPolicyAlgorithm, policy_type: type[BasePolicy]) ->
     scalars = scalar_keys(model.observation_space)
     if scalars and buffer is not None and (buffer is DictReplayBuffer or issubclass(buffer, HerReplayBuffer)):
         raise ValueError(f"{buffer.__name__} cannot store scalar entries; make vectors of length one of {scalars}.")
+
+
+def check_flow(model: "FlowActorCritic", policy_type: type[BasePolicy]) -> None:
+    """Check the arguments that a flow policy adds to those of Stable-Baselines3.
+
+    :param model: The algorithm, before its networks are built
+    :param policy_type: Class of its policy, whose ``configure_sampling`` takes what is not for ``policy_kwargs``
+    :raises ValueError: for arguments out of range
+    """
+    parse_auto_temperature(model.temperature)
+    name, default = type(model).__name__, model.default_coefficient
+    coefficient = None if model.coefficient is None else check_coefficient(model.coefficient)
+    if model.coefficient_is_fixed and coefficient != default:
+        fixed = "has no coefficient" if default is None else f"fixes it at {default}"
+        raise ValueError(f"coefficient must be left out: {name} {fixed}, got {model.coefficient!r}; RFM lets you choose.")
+    for count in ("n_candidates", "integration_steps", "n_particles", "n_exploration_particles", "n_target_particles"):
+        check_integer(count, getattr(model, count), 1)
+    if model.proposal not in ("replay", "policy"):
+        raise ValueError(f"proposal must be 'replay' or 'policy', got {model.proposal!r}.")
+    if model.weighting not in ("gradient", "uniform"):
+        raise ValueError(f"weighting must be 'gradient' or 'uniform', got {model.weighting!r}.")
+    if not (is_number(model.t_min) and 0 < model.t_min < 0.5):
+        raise ValueError(f"t_min must lie strictly between 0 and 1/2, got {model.t_min!r}.")
+    if model.max_grad_norm is not None and not (is_number(model.max_grad_norm) and model.max_grad_norm > 0):
+        raise ValueError(f"max_grad_norm must be None or a positive number, got {model.max_grad_norm!r}.")
+    sampling = inspect.signature(policy_type.configure_sampling).parameters  # type: ignore[attr-defined]
+    if misplaced := sorted(model.policy_kwargs.keys() & sampling.keys()):
+        raise ValueError(f"policy_kwargs must not have {', '.join(misplaced)}: pass it to {name} itself.")
+    get_path(model.path)
+    check_sampler(model.sampler, get_source(model.source))
+    check_execution(model.execution, model.precision)
+
+
+def check_sampler(sampler: str, source: Source) -> None:
+    """Validate a way to draw latents from a flow.
+
+    :raises ValueError: for unknown samplers, and for those that the source does not allow
+    """
+    if sampler not in ("ode", "sde", "langevin"):
+        raise ValueError(f"sampler must be 'ode', 'sde' or 'langevin', got {sampler!r}.")
+    if sampler != "ode" and not isinstance(source, GaussianSource):
+        raise ValueError(
+            f"sampler={sampler!r} needs source='gaussian', whose score follows from the flow's data prediction; "
+            "other sources go with sampler='ode'."
+        )
 
 
 def check_policy_name(model: OffPolicyAlgorithm, name: str, policy_type: type[BasePolicy]) -> None:

@@ -3,7 +3,6 @@
 Here are arguments, logs and files; what is learned from a batch is in :mod:`sb3_rfm.learner`.
 """
 
-import inspect
 import math
 from abc import abstractmethod
 from functools import partial
@@ -20,16 +19,16 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from torch import Tensor
 from torch.distributions import Distribution
 
-from sb3_rfm.actors import FlowActor, check_sampler
+from sb3_rfm.actors import FlowActor
 from sb3_rfm.arguments import (
     WEIGHTS_LOST,
     check_algorithm,
     check_finite,
+    check_flow,
     check_policy_name,
     parse_auto_temperature,
 )
-from sb3_rfm.checks import check_integer, is_number
-from sb3_rfm.control_variates import Coefficient, check_coefficient
+from sb3_rfm.control_variates import Coefficient
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictBuffer, scalar_keys
 from sb3_rfm.execution import (
@@ -37,17 +36,16 @@ from sb3_rfm.execution import (
     ExecutionMode,
     Executor,
     Precision,
-    check_execution,
     keep_freed_memory,
     resolve_mode,
     resolve_precision,
 )
 from sb3_rfm.learner import Learner
-from sb3_rfm.paths import Path, get_path
+from sb3_rfm.paths import Path
 from sb3_rfm.persistence import PersistentAlgorithm
 from sb3_rfm.policies import CnnPolicy, FlowPolicy, MlpPolicy, MultiInputPolicy
 from sb3_rfm.posterior import LogProb, PosteriorMean
-from sb3_rfm.sources import Source, get_source
+from sb3_rfm.sources import Source
 
 SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
 
@@ -199,7 +197,6 @@ class FlowActorCritic(PersistentAlgorithm):
         )
         # SB3's SAC writes into the dictionary that it is given, which may be given to this class next.
         self.policy_kwargs = {name: value for name, value in self.policy_kwargs.items() if name != "use_sde" or value}
-        self.algorithm = self._algorithm_name()  # files say by it whose they are
         self.temperature = temperature
         self.n_candidates = n_candidates
         self.coefficient = coefficient
@@ -218,11 +215,6 @@ class FlowActorCritic(PersistentAlgorithm):
         self.precision = precision
         if _init_setup_model:
             self._setup_model()
-
-    @classmethod
-    def _algorithm_name(cls) -> str:
-        """Name of the algorithm; a user's subclass is still the same."""
-        return next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("sb3_rfm."))
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
         check_policy_name(self, policy_name, FlowPolicy)
@@ -309,33 +301,8 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _check_arguments(self) -> None:
         """Refuse arguments out of range before anything is built."""
-        if self.algorithm != self._algorithm_name():
-            raise ValueError(
-                f"The file was saved by {self.algorithm}, not by {self._algorithm_name()}: load it with {self.algorithm}.load."
-            )
         check_algorithm(self, FlowPolicy)
-        parse_auto_temperature(self.temperature)
-        coefficient = None if self.coefficient is None else check_coefficient(self.coefficient)
-        if self.coefficient_is_fixed and coefficient != self.default_coefficient:
-            fixed = "has no coefficient" if self.default_coefficient is None else f"fixes it at {self.default_coefficient}"
-            raise ValueError(
-                f"coefficient must be left out: {type(self).__name__} {fixed}, got {self.coefficient!r}; RFM lets you choose."
-            )
-        for name in ("n_candidates", "integration_steps", "n_particles", "n_exploration_particles", "n_target_particles"):
-            check_integer(name, getattr(self, name), 1)
-        if self.proposal not in ("replay", "policy"):
-            raise ValueError(f"proposal must be 'replay' or 'policy', got {self.proposal!r}.")
-        if self.weighting not in ("gradient", "uniform"):
-            raise ValueError(f"weighting must be 'gradient' or 'uniform', got {self.weighting!r}.")
-        if not (is_number(self.t_min) and 0 < self.t_min < 0.5):
-            raise ValueError(f"t_min must lie strictly between 0 and 1/2, got {self.t_min!r}.")
-        if self.max_grad_norm is not None and not (is_number(self.max_grad_norm) and self.max_grad_norm > 0):
-            raise ValueError(f"max_grad_norm must be None or a positive number, got {self.max_grad_norm!r}.")
-        if misplaced := sorted(self.policy_kwargs.keys() & inspect.signature(FlowPolicy.configure_sampling).parameters.keys()):
-            raise ValueError(f"policy_kwargs must not have {', '.join(misplaced)}: pass it to {type(self).__name__} itself.")
-        get_path(self.path)
-        check_sampler(self.sampler, get_source(self.source))
-        check_execution(self.execution, self.precision)
+        check_flow(self, FlowPolicy)
 
     # Learning
 

@@ -112,9 +112,7 @@ class Learner:
         share = self.temperature_share
         update_reward_scale(self.policy, batch.rewards, scale_temperature=share is not None)
         discounts = th.full_like(batch.rewards, gamma) if batch.discounts is None else batch.discounts
-        actor_features = self.actor.features(batch.observations)
-        shared = self.critic.share_features_extractor
-        critic_features = actor_features.detach() if shared else self.critic.features(batch.observations)
+        actor_features, critic_features = self.policy.features(batch.observations)
         with th.no_grad():
             next_actor_features = self.actor.features(batch.next_observations)
             next_critic_features = self.critic_target.features(batch.next_observations)

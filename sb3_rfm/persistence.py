@@ -33,6 +33,15 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
     file contains.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.algorithm = self._algorithm_name()  # what is saved says whose it is
+
+    @classmethod
+    def _algorithm_name(cls) -> str:
+        """Name of this package's algorithm that a class is, or that a user's class is a kind of."""
+        return next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("sb3_rfm."))
+
     @classmethod
     def load(
         cls: type[SelfPersistent],
@@ -56,12 +65,16 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         :param trusted: Read everything, as SB3 does: this runs any code that the file contains
         :param kwargs: Attributes of the model to replace
         :raises ~sb3_rfm.safe_pickle.RefusedError: where the file refers to anything but known data types, unless ``trusted``
-        :raises ValueError: where the file is not a saved model, or ``kwargs`` names no attribute
+        :raises ValueError: where the file is not a saved model of this algorithm, or ``kwargs`` names no attribute
         """
         # The content that is checked must be the content that is loaded, whatever happens to the file in between.
         content, name = _read(path, suffix="zip")
         members = safe_pickle.check_model(content, name, custom_objects or (), trusted)
-        unknown = kwargs.keys() - inspect.signature(cls.__init__).parameters.keys() - members
+        ours = cls._algorithm_name()
+        theirs = members.get("algorithm", ours)  # older files do not say
+        if theirs != ours:
+            raise ValueError(f"{name} was saved by {theirs}, not by {ours}: load it with {theirs}.load.")
+        unknown = kwargs.keys() - inspect.signature(cls.__init__).parameters.keys() - members.keys()
         if unknown:
             raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))} that load could replace.")
         content.seek(0)

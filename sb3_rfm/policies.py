@@ -223,12 +223,14 @@ class FlowPolicy(BoundedPolicy):
         # Not th.take_along_dim, which would fix the number of states in an exported policy.
         return latents.gather(1, index.unsqueeze(-1).expand(-1, -1, latents.shape[-1]))[:, 0], q.gather(1, index)[:, 0]
 
+    def features(self, observation: PyTorchObs) -> tuple[Tensor, Tensor]:
+        """Features of actor and critic, (B, F) each. A shared extractor is asked once, and trained by the actor alone."""
+        actor_features = self.actor.features(observation)
+        return actor_features, actor_features.detach() if self.share_features_extractor else self.critic.features(observation)
+
     def acting_features(self, observation: PyTorchObs, n_particles: int) -> tuple[Tensor, Tensor | None]:
         """Features of the actor, and of the critic where it is to choose among particles, (B, F) each."""
-        actor_features = self.actor.features(observation)
-        if n_particles == 1:
-            return actor_features, None
-        return actor_features, actor_features.detach() if self.share_features_extractor else self.critic.features(observation)
+        return self.features(observation) if n_particles > 1 else (self.actor.features(observation), None)
 
     def act(self, actor_features: Tensor, critic_features: Tensor | None, noise: Tensor, deterministic: bool) -> Tensor:
         """Actions in (-1, 1) for features, from given noise.

@@ -190,14 +190,14 @@ def load(file: IO[bytes], what: str = "file") -> Any:
         raise ValueError(f"The {what} cannot be read: it is truncated, damaged or something else ({reason}).") from error
 
 
-def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = (), trusted: bool = False) -> set[str]:
+def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = (), trusted: bool = False) -> dict[str, Any]:
     """Check that a file is a model saved by Stable-Baselines3 and that reading it runs no code of its own.
 
     :param file: The zip archive
     :param name: Its name, for errors
     :param custom_objects: Members that the caller replaces: they are not read
     :param trusted: Check only that it is a saved model
-    :return: Names of its members
+    :return: Its members by name, as JSON
     :raises RefusedError: where a member refers to anything that is not on the list
     :raises ValueError: where the file is not a saved model
     """
@@ -219,7 +219,7 @@ def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = ()
     if not isinstance(data, dict):
         raise ValueError(f"{name} is not a saved model: its 'data' is not a JSON object.")
     if trusted:
-        return set(data)
+        return data
     if "env" in data:
         # SB3 saves none, but would make one from its name, which may name any module to import.
         raise RefusedError(f"{name} brings an environment, {data['env']!r}. {TRUST}.")
@@ -237,7 +237,7 @@ def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = ()
                 raise RefusedError(
                     f"{error} The policy is none of sb3_rfm: perhaps another algorithm saved the file."
                 ) from None
-    return set(data)
+    return data
 
 
 def check_torch_file(file: IO[bytes], name: str) -> None:

@@ -312,9 +312,9 @@ def error_of(folder: RunFolder) -> str:
     """The error of a run that failed, by its log: what the last traceback ends with, else the last line."""
     log = folder.path / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    _, _, trace = text.rpartition("Traceback (most recent call last):\n")
-    lines = [line for line in trace.split("\n") if line.strip()] or ["no output"]
-    return next((line for line in lines if not line.startswith(" ")), lines[-1]) if trace != text else lines[-1]
+    _, traceback, rest = text.rpartition("Traceback (most recent call last):\n")
+    lines = [line for line in rest.split("\n") if line.strip()] or ["no output"]
+    return next((line for line in lines if traceback and not line.startswith(" ")), lines[-1])
 
 
 def duration(seconds: float) -> str:
