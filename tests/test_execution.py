@@ -209,7 +209,7 @@ def test_compiled_gradients_are_the_eager_ones(
 ) -> None:
     """Both modes draw the same numbers, so what differs is rounding: a small part of the largest gradient.
 
-    An importance weight is as uncertain as its exponent, eps |Q| / λ: with |Q| of 12, 1.5e-6 at λ = 1. QSM has none. Where
+    An importance weight is as uncertain as its exponent, eps |Q| / λ, and |Q| is 2.3 here. QSM has none. Where
     the modes round one number of bfloat16 differently, a state's target differs by as much as bfloat16 does to it; among
     256 states that hardly counts. Two action dimensions, because the regression weights of a single one are 1.
     """
