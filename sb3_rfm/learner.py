@@ -252,11 +252,12 @@ class Learner:
 
 
 def regression_weights(log_prob: LogProb, prediction: Tensor, spread: float = 0.3) -> Tensor:
-    """How much an error of the flow costs in each dimension: the size of the log-density's gradient around its prediction.
+    """How much an error of the flow costs in each dimension, from the log-density's gradient around its prediction.
 
     A network that is never quite there errs where errors are cheap, in Q and not in the latent. The gradient is looked at on
     both sides of the prediction, so that it tells of the slope where the policy is not yet at its best, and of the curvature
-    where it is. The points are none of the candidates: with weights that are independent of what it is regressed on, a
+    where it is. Of its size the square root, as the gradient of a young critic is not to be trusted with whole dimensions.
+    The points are none of the candidates: with weights that are independent of what it is regressed on, a
     flow still has its optimum at the posterior mean, whatever they are. One dimension has nothing to be compared with. The
     rule is this library's.
 
@@ -270,7 +271,7 @@ def regression_weights(log_prob: LogProb, prediction: Tensor, spread: float = 0.
     offset = spread * th.randn_like(prediction)
     _, gradient = value_and_gradient(log_prob, th.stack([prediction - offset, prediction + offset], dim=1))
     size = gradient.square().mean(1).sqrt().clamp(min=th.finfo(gradient.dtype).tiny)
-    return size / size.mean(1, keepdim=True)
+    return size.sqrt() / size.sqrt().mean(1, keepdim=True)
 
 
 def _running_statistics(critic: QCritic) -> list[Tensor]:
