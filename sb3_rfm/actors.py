@@ -53,10 +53,10 @@ def log_sech2(u: Tensor) -> Tensor:
 def boltzmann_log_prob(latents: Tensor, q: Tensor, temperature: Tensor | float) -> Tensor:
     """Log-density, up to a constant, of the latents of actions with density ∝ exp(Q / temperature) (change of variables).
 
-    :param latents: (B, K, D)
-    :param q: Q of the actions ``tanh(latents)``, (B, K)
+    :param latents: (..., D)
+    :param q: Q of the actions ``tanh(latents)``, (...)
     :param temperature: In units of Q
-    :return: (B, K)
+    :return: (...)
     """
     return q / temperature + log_sech2(latents).sum(-1)
 

@@ -79,8 +79,8 @@ class QCritic(PersistentModel):
 
         :param encoded: Result of :meth:`encode`
         :param actions: (B, D) or (B, K, D), in [-1, 1]
-        :param reduced: Compute what distinguishes the K actions in bfloat16, see :meth:`ConditionalMLP.decode_differences`;
-            for (B, K, D) only
+        :param reduced: Multiply matrices in bfloat16; of K actions, only what distinguishes them is computed so, see
+            :meth:`ConditionalMLP.decode_differences`
         :return: (n_critics, B) or (n_critics, B, K)
         """
         return self.scale * th.stack([self._answer(i, e, actions, reduced) for i, e in enumerate(encoded)])
@@ -106,8 +106,9 @@ class QCritic(PersistentModel):
     def _answer(self, index: int, encoded: Tensor, actions: Tensor, reduced: bool) -> Tensor:
         """What one network says, in its own units."""
         network = self._networks[index]
-        decode = network.decode_differences if reduced else network.decode
-        return decode(encoded, actions).squeeze(-1)
+        if reduced and actions.dim() == 3:
+            return network.decode_differences(encoded, actions).squeeze(-1)
+        return network.decode(encoded, actions, reduced).squeeze(-1)
 
     def forward(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, ...]:
         """Q-values of each critic.

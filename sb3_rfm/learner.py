@@ -254,24 +254,24 @@ class Learner:
 def regression_weights(log_prob: LogProb, prediction: Tensor, spread: float = 0.3) -> Tensor:
     """How much an error of the flow costs in each dimension, from the log-density's gradient around its prediction.
 
-    A network that is never quite there errs where errors are cheap, in Q and not in the latent. The gradient is looked at on
-    both sides of the prediction, so that it tells of the slope where the policy is not yet at its best, and of the curvature
-    where it is. Of its size the square root, as the gradient of a young critic is not to be trusted with whole dimensions.
-    The points are none of the candidates: with weights that are independent of what it is regressed on, a
-    flow still has its optimum at the posterior mean, whatever they are. One dimension has nothing to be compared with. The
-    rule is this library's.
+    A network that is never quite there errs where errors are cheap, in Q and not in the latent. The gradient is looked at near
+    the prediction and not at it, so that it tells of the slope where the policy is not yet at its best, and of the curvature
+    where it is. Weights are the square root of its size, as the gradient of a young critic is not to be trusted with whole
+    dimensions. The point is none of the candidates: with weights that are independent of what it is regressed on, a flow still
+    has its optimum at the posterior mean, whatever they are. One dimension has nothing to be compared with. The rule is this
+    library's.
 
-    :param log_prob: Log-density of the Boltzmann policy in the latent, (B, K, D) → (B, K)
+    :param log_prob: Log-density of the Boltzmann policy in the latent, (B, D) → (B,)
     :param prediction: The flow's prediction of the data mean, (B, D)
     :param spread: How far around it, in the latent: about the standard deviation of the policy
     :return: Weights, 1 in the mean over the dimensions of each state, (B, D)
     """
     if prediction.shape[1] == 1:
         return th.ones_like(prediction)
-    offset = spread * th.randn_like(prediction)
-    _, gradient = value_and_gradient(log_prob, th.stack([prediction - offset, prediction + offset], dim=1))
-    size = gradient.square().mean(1).sqrt().clamp(min=th.finfo(gradient.dtype).tiny)
-    return size.sqrt() / size.sqrt().mean(1, keepdim=True)
+    point = prediction + spread * th.randn_like(prediction)
+    _, gradient = value_and_gradient(log_prob, point)
+    root = gradient.abs().clamp(min=th.finfo(gradient.dtype).tiny).sqrt()
+    return root / root.mean(1, keepdim=True)
 
 
 def _running_statistics(critic: QCritic) -> list[Tensor]:
