@@ -99,8 +99,8 @@ def check_flow(model: "FlowActorCritic", policy_type: type[BasePolicy]) -> None:
         check_integer(count, getattr(model, count), 1)
     if model.proposal not in ("replay", "policy"):
         raise ValueError(f"proposal must be 'replay' or 'policy', got {model.proposal!r}.")
-    if model.weighting not in ("gradient", "uniform"):
-        raise ValueError(f"weighting must be 'gradient' or 'uniform', got {model.weighting!r}.")
+    if model.weighting not in ("uniform", "gradient"):
+        raise ValueError(f"weighting must be 'uniform' or 'gradient', got {model.weighting!r}.")
     if not (is_number(model.t_min) and 0 < model.t_min < 0.5):
         raise ValueError(f"t_min must lie strictly between 0 and 1/2, got {model.t_min!r}.")
     if model.max_grad_norm is not None and not (is_number(model.max_grad_norm) and model.max_grad_norm > 0):

@@ -93,8 +93,8 @@ class FlowActorCritic(PersistentAlgorithm):
     :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
     :param proposal: Where the ``x_t`` of the regression come from: ``"replay"`` → noised replayed actions, ``"policy"`` →
         noised actions of the current policy at replayed states
-    :param weighting: How much an error of the flow counts in each dimension: ``"gradient"`` → as much as Q changes in it, see
-        :func:`~sb3_rfm.learner.regression_weights`; ``"uniform"`` → all the same, as in the papers
+    :param weighting: How much an error of the flow counts in each dimension: ``"uniform"`` → all the same, as in the papers;
+        ``"gradient"`` → the more, the more Q changes in it, see :func:`~sb3_rfm.learner.regression_weights`
     :param n_particles: Particles drawn for a deterministic action, of which the one with the highest min Q is taken
     :param n_exploration_particles: Particles drawn when exploring, one of which is chosen with probability ∝ exp(min Q / λ)
     :param n_target_particles: The same in the critic's target, and in ``proposal="policy"``
@@ -153,7 +153,7 @@ class FlowActorCritic(PersistentAlgorithm):
         sampler: str = "ode",
         integration_steps: int = 5,
         proposal: str = "replay",
-        weighting: str = "gradient",
+        weighting: str = "uniform",
         n_particles: int = 1,
         n_exploration_particles: int = 1,
         n_target_particles: int = 1,

@@ -40,8 +40,8 @@ class Learner:
     :param posterior_mean: What the flow is regressed on
     :param proposal: Which actions are noised for the regression: ``"replay"`` → replayed ones, ``"policy"`` → actions of the
         current policy at replayed states
-    :param weighting: How much an error counts in each dimension: ``"gradient"`` → see :func:`regression_weights`,
-        ``"uniform"`` → all the same
+    :param weighting: How much an error counts in each dimension: ``"uniform"`` → all the same, ``"gradient"`` →
+        see :func:`regression_weights`
     :param n_target_particles: Particles of which one is chosen where the policy is drawn from, here and in the critic's target
     :param temperature_share: Share of the spread of Q that the temperature follows; None where it is fixed
     :param reduced: Whether candidates are evaluated, and actions drawn, in bfloat16

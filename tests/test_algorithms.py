@@ -140,7 +140,7 @@ def test_qne_asks_for_no_gradient_of_q(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (posterior, learner):
         monkeypatch.setattr(module, "value_and_gradient", refuse)
-    QNE("MlpPolicy", "Reacher-v5", **TINY, weighting="uniform").learn(20)
+    QNE("MlpPolicy", "Reacher-v5", **TINY).learn(20)
     for algorithm, weighting in ((RFM, "uniform"), (QNE, "gradient")):
         with pytest.raises(AssertionError, match="gradient"):
             algorithm("MlpPolicy", "Reacher-v5", **TINY, weighting=weighting).learn(20)
@@ -219,7 +219,7 @@ def test_learning_rate_schedules_reach_both_optimizers() -> None:
         {"gradient_steps": -1, "train_freq": 4},
         {"train_freq": (1, "episode")},
         {"n_steps": 3},
-        {"weighting": "uniform"},
+        {"weighting": "gradient"},
         {"n_particles": 1, "n_target_particles": 1},
         {"precision": "bfloat16"},
     ],

@@ -218,6 +218,7 @@ def test_compiled_gradients_are_the_eager_ones(
         "Reacher-v5",
         learning_starts=20,
         temperature=temperature,
+        weighting="gradient",
         seed=0,
         device="cpu",
         execution="eager",

@@ -110,6 +110,21 @@ def test_every_state_counts_the_same() -> None:
     assert (alone == 1).all(), "nothing to be weighed against"
 
 
+def test_weights_hardly_depend_on_the_precision() -> None:
+    observation_space, action_space = gym.spaces.Box(-1, 1, (17,)), gym.spaces.Box(-1, 1, (6,))
+    critic = QCritic(observation_space, action_space, [256, 256], FlattenExtractor(observation_space), 17)
+    encoded, predictions = critic.encode(th.randn(512, 17)), 0.5 * th.randn(512, 6)
+
+    def weights(reduced: bool) -> Tensor:
+        th.manual_seed(0)
+        return regression_weights(
+            lambda u: boltzmann_log_prob(u, critic.split_q(encoded, squash(u), reduced), 0.01), predictions
+        )
+
+    exact = weights(False)
+    assert (weights(True) - exact).abs().mean() < 0.1 * exact.std()
+
+
 @pytest.mark.parametrize(("weighting", "factor"), [("uniform", 1.0), ("gradient", 3.0)])
 def test_the_weights_are_those_of_the_regression(weighting: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(weighting=weighting)

@@ -52,7 +52,7 @@ DEFAULT_STEPS = 100_000
 """Steps in an environment that is named by its id."""
 
 _PAPER: dict[str, Any] = {"buffer_size": 250_000, "learning_starts": 10_000}
-_PAPER_FLOW: dict[str, Any] = {**_PAPER, "weighting": "uniform", "policy_kwargs": {"layer_norm": False}}
+_PAPER_FLOW: dict[str, Any] = {**_PAPER, "policy_kwargs": {"layer_norm": False}}
 _PAPER_PARTICLES: dict[str, Any] = {"n_particles": 32, "n_exploration_particles": 32, "n_target_particles": 32}
 """Particles among which RFM chooses in the paper: in evaluations, when exploring and in the critic's target."""
 
@@ -63,7 +63,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "n_candidates": 100,
         "integration_steps": 10,
         "proposal": "policy",
-        "weighting": "uniform",
         **_PAPER_PARTICLES,
         "max_grad_norm": 10.0,
         "policy_kwargs": {"net_arch": {"pi": [256, 256, 256], "qf": [256, 256]}, "layer_norm": False},
