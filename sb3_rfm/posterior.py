@@ -377,8 +377,8 @@ class ReverseFlowMatchingLoss(nn.Module):
 def value_and_gradient(log_prob: LogProb, x: Tensor) -> tuple[Tensor, Tensor]:
     """``log_prob`` and its gradient with respect to ``x`` alone; no gradient of any parameter is computed.
 
-    :param x: (B, K, D)
-    :return: (B, K) and (B, K, D)
+    :param x: (..., D)
+    :return: (...) and (..., D)
     :raises ValueError: for a ``log_prob`` that does not depend on its argument
     """
     if torch.compiler.is_compiling():
