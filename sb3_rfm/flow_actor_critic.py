@@ -93,8 +93,8 @@ class FlowActorCritic(PersistentAlgorithm):
     :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
     :param proposal: Where the ``x_t`` of the regression come from: ``"replay"`` → noised replayed actions, ``"policy"`` →
         noised actions of the current policy at replayed states
-    :param training_times: Times t of the regression: ``"uniform"`` → all in [t_min, 1 - t_min], as in the papers;
-        ``"sampler"`` → those at which the sampler evaluates the flow; its weights belong to ``integration_steps``, too
+    :param training_times: Times t of the regression: ``"uniform"`` → all in [t_min, 1 - t_min], as in the paper; ``"sampler"`` →
+        those at which the sampler evaluates the flow, and no others: such a flow belongs to its ``integration_steps``, too
     :param weighting: How much an error of the flow counts in each dimension: ``"uniform"`` → all the same, as in the papers;
         ``"gradient"`` → the more, the more Q changes in it, see :func:`~sb3_rfm.learner.regression_weights`
     :param n_particles: Particles drawn for a deterministic action, of which the one with the highest min Q is taken

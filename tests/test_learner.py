@@ -140,22 +140,6 @@ def test_the_weights_are_those_of_the_regression(weighting: str, factor: float, 
     assert loss.item() == pytest.approx(factor)
 
 
-@pytest.mark.parametrize("sampler", ["ode", "langevin"])
-def test_the_flow_is_trained_where_the_sampler_evaluates_it(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(training_times="sampler", integration_steps=3, sampler=sampler, execution="eager")
-    actor, predict, asked = model.actor, model.actor.predict_data, []
-    monkeypatch.setattr(actor, "predict_data", lambda encoded, x, t, *args: asked.append(t) or predict(encoded, x, t, *args))
-    features = th.randn(256, 3)
-    with th.no_grad():
-        actor.sample_latents(features, actor.draw_noise(256, 1))
-    evaluated = {round(t.item(), 6) for t in asked}
-    asked.clear()
-    model._learner.actor_loss(features, features, th.zeros(256, 1))
-    trained = {round(t, 6) for t in asked[0].tolist()}
-    assert len(evaluated) == 3
-    assert trained == evaluated
-
-
 def test_a_new_unit_leaves_values_as_they_are() -> None:
     model = make()
     critic, obs, actions = model.critic, th.randn(6, 3), 2 * th.rand(6, 1) - 1
