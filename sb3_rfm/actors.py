@@ -180,17 +180,6 @@ class FlowActor(BoundedPolicy):
         """Draw from the source, (n_states, n_particles, D)."""
         return self._source.sample((n_states, n_particles, self.action_dim), self.times)
 
-    def draw_times(self, n_states: int, of_sampler: bool = False) -> Tensor:
-        """Draw times to train at, (n_states,), uniformly.
-
-        :param n_states: How many
-        :param of_sampler: From those at which sampling evaluates the flow, instead of all in [t_min, 1 - t_min]
-        """
-        if of_sampler:
-            times = self.times[:-1].clamp(min=self.t_min)
-            return times[th.randint(len(times), (n_states,), device=times.device)]
-        return self.t_min + (1 - 2 * self.t_min) * th.rand(n_states, device=self.times.device)
-
     def add_noise(self, latents: Tensor, t: Tensor) -> Tensor:
         """Draw ``u_t`` given ``u_1``.
 

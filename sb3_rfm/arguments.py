@@ -99,8 +99,6 @@ def check_flow(model: "FlowActorCritic", policy_type: type[BasePolicy]) -> None:
         check_integer(count, getattr(model, count), 1)
     if model.proposal not in ("replay", "policy"):
         raise ValueError(f"proposal must be 'replay' or 'policy', got {model.proposal!r}.")
-    if model.training_times not in ("uniform", "sampler"):
-        raise ValueError(f"training_times must be 'uniform' or 'sampler', got {model.training_times!r}.")
     if model.weighting not in ("uniform", "gradient"):
         raise ValueError(f"weighting must be 'uniform' or 'gradient', got {model.weighting!r}.")
     if not (is_number(model.t_min) and 0 < model.t_min < 0.5):

@@ -93,14 +93,12 @@ class FlowActorCritic(PersistentAlgorithm):
     :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
     :param proposal: Where the ``x_t`` of the regression come from: ``"replay"`` → noised replayed actions, ``"policy"`` →
         noised actions of the current policy at replayed states
-    :param training_times: Times t of the regression: ``"uniform"`` → all in [t_min, 1 - t_min], as in the paper; ``"sampler"`` →
-        those at which the sampler evaluates the flow, and no others: such a flow belongs to its ``integration_steps``, too
     :param weighting: How much an error of the flow counts in each dimension: ``"uniform"`` → all the same, as in the papers;
         ``"gradient"`` → the more, the more Q changes in it, see :func:`~sb3_rfm.learner.regression_weights`
     :param n_particles: Particles drawn for a deterministic action, of which the one with the highest min Q is taken
     :param n_exploration_particles: Particles drawn when exploring, one of which is chosen with probability ∝ exp(min Q / λ)
     :param n_target_particles: The same in the critic's target, and in ``proposal="policy"``
-    :param t_min: Uniform training times lie in [t_min, 1 - t_min]; the sampler's first is t_min
+    :param t_min: Training times lie in [t_min, 1 - t_min]
     :param max_grad_norm: Largest norm of a gradient of actor or critic; None for no clipping
     :param execution: How updates and actions are computed: ``"auto"``, ``"eager"``, ``"compile"`` or ``"cuda_graph"``; see
         :mod:`sb3_rfm.execution`
@@ -155,7 +153,6 @@ class FlowActorCritic(PersistentAlgorithm):
         sampler: str = "ode",
         integration_steps: int = 5,
         proposal: str = "replay",
-        training_times: str = "uniform",
         weighting: str = "uniform",
         n_particles: int = 1,
         n_exploration_particles: int = 1,
@@ -208,7 +205,6 @@ class FlowActorCritic(PersistentAlgorithm):
         self.sampler = sampler
         self.integration_steps = integration_steps
         self.proposal = proposal
-        self.training_times = training_times
         self.weighting = weighting
         self.n_particles = n_particles
         self.n_exploration_particles = n_exploration_particles
@@ -255,7 +251,6 @@ class FlowActorCritic(PersistentAlgorithm):
             self.policy,
             self._posterior_mean,
             proposal=self.proposal,
-            training_times=self.training_times,
             weighting=self.weighting,
             n_target_particles=self.n_target_particles,
             temperature_share=self._temperature_share,

@@ -40,8 +40,6 @@ class Learner:
     :param posterior_mean: What the flow is regressed on
     :param proposal: Which actions are noised for the regression: ``"replay"`` → replayed ones, ``"policy"`` → actions of the
         current policy at replayed states
-    :param training_times: Times of the regression: ``"uniform"`` → all in [t_min, 1 - t_min], ``"sampler"`` → those at which
-        the sampler evaluates the flow
     :param weighting: How much an error counts in each dimension: ``"uniform"`` → all the same, ``"gradient"`` →
         see :func:`regression_weights`
     :param n_target_particles: Particles of which one is chosen where the policy is drawn from, here and in the critic's target
@@ -60,7 +58,6 @@ class Learner:
         policy: FlowPolicy,
         posterior_mean: RegressionTarget,
         proposal: str,
-        training_times: str,
         weighting: str,
         n_target_particles: int,
         temperature_share: float | None,
@@ -70,8 +67,7 @@ class Learner:
         self.policy, self.actor = policy, policy.actor
         self.critic, self.critic_target = policy.critic, policy.critic_target
         self.posterior_mean = posterior_mean
-        self.proposal, self.training_times, self.weighting = proposal, training_times, weighting
-        self.n_target_particles = n_target_particles
+        self.proposal, self.weighting, self.n_target_particles = proposal, weighting, n_target_particles
         self.temperature_share = temperature_share
         self.reduced = reduced
         self.executor = executor
@@ -202,7 +198,8 @@ class Learner:
             x_1 = unsquash(actions)
             if self.proposal == "policy":
                 x_1, _ = self._sample_policy(actor_features, self.critic, critic_features)
-            t = self.actor.draw_times(len(x_1), of_sampler=self.training_times == "sampler")
+            t_min = self.actor.t_min
+            t = t_min + (1 - 2 * t_min) * th.rand(x_1.shape[0], device=x_1.device)
             x_t = self.actor.add_noise(x_1, t)
         prediction = self.actor.predict_data(self.actor.network.encode(actor_features), x_t, t)
 

@@ -160,7 +160,6 @@ ARGUMENTS = [
     *argument("source", Laplace(0.0, 1.0), algorithm=QSM),
     *argument("sampler", "rk45"),
     *argument("proposal", "uniform"),
-    *argument("training_times", "early"),
     *argument("weighting", "curvature"),
     *argument("t_min", 0, 0.5, "early"),
     *argument("max_grad_norm", 0),

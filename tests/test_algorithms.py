@@ -92,7 +92,7 @@ def test_arguments_are_sacs_then_ours(algorithm: type[FlowActorCritic]) -> None:
     assert [name for name in ours if name in sacs] == sacs
     first_of_ours, last_of_ours = ours.index("temperature"), ours.index("stats_window_size") - 1
     assert ours[first_of_ours - 1] == "n_steps"
-    required = {"temperature", "n_candidates", "coefficient", "path", "integration_steps", "proposal", "weighting", "training_times"}
+    required = {"temperature", "n_candidates", "coefficient", "path", "integration_steps", "proposal", "weighting"}
     required |= {"n_particles", "n_exploration_particles", "n_target_particles", "t_min", "max_grad_norm"}
     assert required <= set(ours[first_of_ours : last_of_ours + 1])
 
@@ -220,7 +220,6 @@ def test_learning_rate_schedules_reach_both_optimizers() -> None:
         {"train_freq": (1, "episode")},
         {"n_steps": 3},
         {"weighting": "gradient"},
-        {"training_times": "sampler", "proposal": "policy"},
         {"n_particles": 1, "n_target_particles": 1},
         {"precision": "bfloat16"},
     ],
