@@ -1,0 +1,233 @@
+"""What actors make of the same critics: how good the critics find the actions of several, trained side by side.
+
+An agent learns as usual, the *leader*. Other actors follow its critics and its temperature: each makes one step for each of
+the leader's, on a batch of the leader's replay buffer, and never acts in the environment. Exploration, data and the critics'
+luck are then the same for all, and what is left is how well an actor follows critics that keep changing.
+
+    python -m sb3_rfm.benchmark.same_critics --env HalfCheetah-v5 --actors rfm:policy sac --set rfm:policy.proposal=policy
+
+A critic has been trained on actions of the leader, and is the surest about those. What it says of others' is not what they
+would return.
+"""
+
+import argparse
+import csv
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
+
+from sb3_rfm.benchmark.suites import get_algorithm, get_setting, get_tasks, make_env, parse_overrides, short
+from sb3_rfm.flow_actor_critic import FlowActorCritic
+from sb3_rfm.gradients import step
+
+Row = dict[str, Any]
+
+
+class Follower(Protocol):
+    """An actor that is trained against the critics of another agent."""
+
+    def train(self, batch: Any) -> None:
+        """One step on a batch of the replay buffer."""
+
+    def act(self, observations: Tensor, deterministic: bool) -> Tensor:
+        """Actions in [-1, 1], (B, D), for observations."""
+
+
+class FlowFollower:
+    """A flow, regressed as its own algorithm does it.
+
+    :param leader: The agent whose critics and temperature it follows, already learning
+    :param algorithm: A flow-policy algorithm
+    :param arguments: Its keyword arguments
+    """
+
+    def __init__(self, leader: FlowActorCritic, algorithm: type[FlowActorCritic], arguments: dict[str, Any]) -> None:
+        arguments = {"learning_rate": leader.learning_rate} | arguments
+        model = algorithm("MlpPolicy", leader.get_env(), buffer_size=1, device=leader.device, **arguments)  # type: ignore[arg-type]
+        self.policy = model.policy
+        for name in ("critic", "critic_target", "temperature"):
+            setattr(self.policy, name, getattr(leader.policy, name))
+        executor = leader._learner.executor
+        self.gradients = executor.prepare(model._make_learner(executor=executor).actor_gradients, self.policy)
+        self.parameters = list(self.policy.actor.network.parameters())
+
+    def train(self, batch: Any) -> None:
+        actor_features, critic_features = self.policy.features(batch.observations)
+        result = self.gradients(actor_features, critic_features.detach(), batch.actions.float())
+        step(self.policy.actor.optimizer, self.parameters, result.parameters, max_grad_norm=None)
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, deterministic: bool) -> Tensor:
+        return self.policy._predict(observations, deterministic)
+
+
+class GaussianFollower:
+    """The actor of SB3's SAC, by SAC's loss at the leader's temperature.
+
+    :param leader: See :class:`FlowFollower`
+    :param arguments: Keyword arguments of SAC
+    """
+
+    def __init__(self, leader: FlowActorCritic, arguments: dict[str, Any]) -> None:
+        arguments = {"learning_rate": leader.learning_rate} | arguments
+        self.actor = SAC("MlpPolicy", leader.get_env(), buffer_size=1, device=leader.device, **arguments).actor  # type: ignore[arg-type]
+        self.policy = leader.policy
+        self.parameters = list(self.actor.parameters())
+
+    def train(self, batch: Any) -> None:
+        with torch.enable_grad():
+            actions, log_prob = self.actor.action_log_prob(batch.observations)
+            critic = self.policy.critic
+            q = critic.min_q(critic.encode(critic.features(batch.observations)), actions)
+            loss = (log_prob - q / self.policy.temperature).mean()
+            gradients = torch.autograd.grad(loss, self.parameters)
+        step(self.actor.optimizer, self.parameters, list(gradients), max_grad_norm=None)
+
+    @torch.no_grad()
+    def act(self, observations: Tensor, deterministic: bool) -> Tensor:
+        actions: Tensor = self.actor(observations, deterministic)
+        return actions
+
+
+def get_follower_class(label: str) -> type[FlowActorCritic] | type[SAC]:
+    """The algorithm of a label of the benchmark.
+
+    :raises ValueError: for one whose actor is neither a flow nor SAC's
+    """
+    algorithm = get_algorithm(label.partition(":")[0])
+    if not issubclass(algorithm, (FlowActorCritic, SAC)):
+        raise ValueError(f"Actors that can follow are those of flow policies and SAC, got {label}.")
+    return algorithm
+
+
+def make_follower(leader: FlowActorCritic, label: str, arguments: dict[str, Any]) -> Follower:
+    """The follower that a label of the benchmark names, see :func:`get_follower_class`."""
+    algorithm = get_follower_class(label)
+    if issubclass(algorithm, FlowActorCritic):
+        return FlowFollower(leader, algorithm, arguments)
+    return GaussianFollower(leader, arguments)
+
+
+class Compare(BaseCallback):
+    """Trains followers beside the leader, and looks at what its critics think of them.
+
+    :param followers: Arguments of each follower, by label
+    :param every: Environment steps between two looks
+    :param n_states: Replayed states at which actions are compared
+    :param report: Is told the rows of each look
+    """
+
+    model: FlowActorCritic
+
+    def __init__(
+        self, followers: dict[str, dict[str, Any]], every: int, n_states: int, report: Callable[[list[Row]], None]
+    ) -> None:
+        super().__init__()
+        self.arguments, self.every, self.n_states, self.report = followers, every, n_states, report
+        self.rows: list[Row] = []
+
+    def _on_training_start(self) -> None:
+        self.followers = {label: make_follower(self.model, label, given) for label, given in self.arguments.items()}
+
+    def _on_step(self) -> bool:
+        assert self.model.replay_buffer is not None
+        if self.num_timesteps > self.model.learning_starts:
+            for follower in self.followers.values():
+                follower.train(self.model.replay_buffer.sample(self.model.batch_size))
+        if self.num_timesteps % self.every == 0:
+            rows = self.look(self.model.replay_buffer.sample(self.n_states).observations)
+            self.rows += rows
+            self.report(rows)
+        return True
+
+    @torch.no_grad()
+    def look(self, observations: Tensor) -> list[Row]:
+        """Mean Q of both critics for the actions of each actor, above that of the leader's deterministic ones, over λ.
+
+        :param observations: Of replayed states, (B, ...)
+        """
+        critic, temperature = self.model.policy.critic, self.model.policy.temperature
+        encoded = critic.encode(critic.features(observations))
+
+        def value(actions: Tensor) -> Tensor:
+            return critic.q_values(encoded, actions).mean() / temperature
+
+        actors: dict[str, Callable[[Tensor, bool], Tensor]] = {"leader": self.model.policy._predict}
+        actors |= {label: follower.act for label, follower in self.followers.items()}
+        base = value(self.model.policy._predict(observations, deterministic=True))
+        return [
+            {"step": self.num_timesteps, "temperature": float(temperature), "actor": label}
+            | {"actions": "deterministic" if deterministic else "drawn"}
+            | {"advantage": float(value(act(observations, deterministic)) - base)}
+            for (label, act), deterministic in itertools.product(actors.items(), (True, False))
+        ]
+
+
+def summarise(rows: list[Row]) -> str:
+    """Markdown table of the advantages, each the mean over the second half of the looks."""
+    half = max(row["step"] for row in rows) / 2
+    lines = ["| actor | deterministic | drawn |", "|---|---|---|"]
+    for actor in dict.fromkeys(row["actor"] for row in rows):
+        cells = []
+        for kind in ("deterministic", "drawn"):
+            own = [r["advantage"] for r in rows if (r["actor"], r["actions"]) == (actor, kind) and r["step"] > half]
+            cells.append(f"{sum(own) / len(own):+.1f}")
+        lines.append(f"| {actor} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Train the leader and its followers, and write what the critics think of them.
+
+    :param argv: Command-line arguments; those of the process by default
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--env", required=True, help="as --suite of the benchmark, for one environment")
+    parser.add_argument("--leader", default="rfm", metavar="ALGO", help="a flow policy")
+    parser.add_argument("--actors", nargs="+", required=True, metavar="ALGO", help="followers: algo, or algo:setting")
+    parser.add_argument("--set", nargs="*", default=[], metavar="ALGO.ARGUMENT=VALUE", dest="overrides")
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--every", type=int, default=1_000, help="environment steps between two looks")
+    parser.add_argument("--states", type=int, default=2_048, help="replayed states of a look")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/same_critics"))
+    args = parser.parse_args(argv)
+    try:
+        (task,) = get_tasks(args.env, args.steps)
+        overrides = parse_overrides(args.overrides, [args.leader, *args.actors])
+        settings = {label: get_setting(label, given) for label, given in overrides.items()}
+        for label in args.actors:
+            get_follower_class(label)
+        leading = get_algorithm(args.leader.partition(":")[0])
+        if not issubclass(leading, FlowActorCritic):
+            raise ValueError(f"The leader is a flow policy, got {args.leader}.")
+    except ValueError as error:
+        parser.error(str(error))
+
+    def report(rows: list[Row]) -> None:
+        shown = ", ".join(f"{r['actor']} {r['advantage']:+.1f}" for r in rows if r["actions"] == "deterministic")
+        print(f"{rows[0]['step']:,} steps: {shown}", flush=True)
+
+    leader = leading("MlpPolicy", make_env(task.env_id), seed=args.seed, device="cpu", **settings[args.leader])
+    compare = Compare({label: settings[label] for label in args.actors}, args.every, args.states, report)
+    leader.learn(args.steps, callback=compare)
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"{short(task.env_id)}.csv"
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(compare.rows[0]))
+        writer.writeheader()
+        writer.writerows({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()} for row in compare.rows)
+    table = summarise(compare.rows)
+    file.with_suffix(".txt").write_text(table + "\n")
+    print(table)
+    return compare.rows
+
+
+if __name__ == "__main__":
+    main()
