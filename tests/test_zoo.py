@@ -235,5 +235,14 @@ def test_search_goes_on_when_a_process_is_killed(workplace: Path) -> None:
 
     main(["train", *task, *study, "--trial-id", "1", "-n", "2", "--eval-freq", "-1"])
     (model,) = Path("logs/rfm").glob("*/Pendulum-v1.zip")
-    for name in ("n_candidates", "n_particles", "n_exploration_particles", "path", "proposal", "temperature", "tau"):
+    for name in (
+        "n_candidates",
+        "n_particles",
+        "n_exploration_particles",
+        "path",
+        "proposal",
+        "temperature",
+        "tau",
+        "weighting",
+    ):
         assert saved(model)[name] == trials()[1].params[name]

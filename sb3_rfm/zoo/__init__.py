@@ -70,6 +70,7 @@ def sample_flow_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
         "temperature": trial.suggest_categorical("temperature", ["auto_0.0125", "auto_0.025", "auto", "auto_0.1", "auto_0.2"]),
         "path": trial.suggest_categorical("path", ["cond_ot", "cosine", "linear_vp", "ve"]),
         "proposal": trial.suggest_categorical("proposal", ["replay", "policy"]),
+        "weighting": trial.suggest_categorical("weighting", ["uniform", "gradient"]),
         "integration_steps": trial.suggest_int("integration_steps", 2, 20, log=True),
         "n_particles": trial.suggest_int("n_particles", 1, 32, log=True),
         "n_exploration_particles": trial.suggest_int("n_exploration_particles", 1, 32, log=True),
