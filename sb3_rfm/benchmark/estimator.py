@@ -22,8 +22,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sb3_rfm.benchmark.densities import Density, densities, trained_critics, trained_model
-from sb3_rfm.benchmark.estimator_errors import KINDS, LINE, NEGLIGIBLE, PLAIN, Row, equivalent, measure
+from sb3_rfm.benchmark.estimator_errors import KINDS, LINE, NEGLIGIBLE, PLAIN, equivalent, measure
 from sb3_rfm.benchmark.estimator_in_use import race, rounding
+from sb3_rfm.benchmark.tables import Row, save, write_csv
 from sb3_rfm.execution import keep_freed_memory
 
 TIMES = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
@@ -143,29 +144,8 @@ def summarise_rounding(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_csv(file: Path, rows: list[Row]) -> None:
-    """Rows as CSV, numbers to four digits."""
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
-
-
-def save(folder: Path, name: str, rows: list[Row], summarise: Callable[[list[Row]], str]) -> list[Row]:
-    """Write rows as CSV and their summary as text, and print it.
-
-    :return: The rows
-    """
-    write_csv(folder / f"{name}.csv", rows)
-    table = summarise(rows)
-    (folder / f"{name}.txt").write_text(table + "\n")
-    print(table)
-    return rows
-
-
 def read_csv(file: Path) -> list[Row]:
-    """Rows that :func:`write_csv` wrote."""
+    """Errors that :func:`~sb3_rfm.benchmark.tables.write_csv` wrote."""
     words, counts = ("density", "candidates", "rule"), ("dim", "K", "rows")
     with file.open(newline="") as stream:
         return [

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sb3_rfm.benchmark.densities import PATH, Density, stream
+from sb3_rfm.benchmark.tables import Row
 from sb3_rfm.candidates import PointSet, draw_candidates
 from sb3_rfm.control_variates import fit_diagonal, fit_robust, fit_scalar, weighted_mean
 from sb3_rfm.monte_carlo import effective_sample_size, importance_weights
@@ -122,8 +123,6 @@ RULES: dict[str, Callable[[Sample], Tensor]] = {
 
 
 # Measurement
-
-Row = dict[str, Any]
 
 
 def measure_cell(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sb3_rfm.actors import LATENT_SCALE, boltzmann_log_prob, squash, unsquash
 from sb3_rfm.benchmark.densities import PATH, temperatures
-from sb3_rfm.benchmark.estimator_errors import KINDS, PLAIN, Row, plain_curves, worth
+from sb3_rfm.benchmark.estimator_errors import KINDS, PLAIN, plain_curves, worth
+from sb3_rfm.benchmark.tables import Row
 from sb3_rfm.posterior import PosteriorMeanEstimator
 
 

@@ -11,7 +11,6 @@ would return.
 """
 
 import argparse
-import csv
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,10 +22,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from sb3_rfm.benchmark.suites import get_algorithm, get_setting, get_tasks, make_env, parse_overrides, short
+from sb3_rfm.benchmark.tables import Row, save
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.gradients import step
-
-Row = dict[str, Any]
 
 
 class Follower(Protocol):
@@ -196,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--every", type=int, default=1_000, help="environment steps between two looks")
     parser.add_argument("--states", type=int, default=2_048, help="replayed states of a look")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/same_critics"))
+    parser.add_argument("--out", type=Path, default=Path("results/same_critics"))
     args = parser.parse_args(argv)
     try:
         (task,) = get_tasks(args.env, args.steps)
@@ -218,15 +216,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     compare = Compare({label: settings[label] for label in args.actors}, args.every, args.states, report)
     leader.learn(args.steps, callback=compare)
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / f"{short(task.env_id)}.csv"
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(compare.rows[0]))
-        writer.writeheader()
-        writer.writerows({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()} for row in compare.rows)
-    table = summarise(compare.rows)
-    file.with_suffix(".txt").write_text(table + "\n")
-    print(table)
-    return compare.rows
+    return save(args.out, short(task.env_id), compare.rows, summarise)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""Measurements as rows: a CSV file with all of them, and a Markdown table of what they say."""
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sb3_rfm.benchmark.records import write_atomic
+
+Row = dict[str, Any]
+"""One measurement, by column."""
+
+
+def write_csv(file: Path, rows: list[Row]) -> None:
+    """Rows as CSV, numbers to four digits."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
+    write_atomic(file, text.getvalue())
+
+
+def save(folder: Path, name: str, rows: list[Row], summarise: Callable[[list[Row]], str]) -> list[Row]:
+    """Write rows as CSV and their summary as text, and print it.
+
+    :return: The rows
+    """
+    write_csv(folder / f"{name}.csv", rows)
+    table = summarise(rows)
+    write_atomic(folder / f"{name}.txt", table + "\n")
+    print(table)
+    return rows
