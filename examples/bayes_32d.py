@@ -26,8 +26,8 @@ import torch
 from sampling import path_times, train
 from torch import Tensor, nn
 
-from sb3_rfm.benchmark.tables import write_csv
 from sb3_rfm.benchmark.sample_quality import effective_share, squared_mmd, wasserstein_2
+from sb3_rfm.benchmark.tables import write_csv
 from sb3_rfm.posterior import PosteriorMeanEstimator
 
 matplotlib.use("Agg")  # pictures go to files, with or without a display
