@@ -12,9 +12,12 @@ from sb3_rfm import RFM
 from sb3_rfm.benchmark import same_critics
 
 
-@pytest.mark.parametrize("label", ["rfm", "qne", "sac"])
-def test_followers_learn_the_boltzmann_policy_of_the_leaders_critics(label: str) -> None:
-    """Q = -50 |a - 0.5|^2 at temperature 1: a Gaussian of standard deviation 0.1 around 0.5, in each dimension."""
+@pytest.mark.parametrize(("label", "tolerance"), [("rfm", 0.05), ("qne", 0.05), ("dqs", 0.15), ("sac", 0.05)])
+def test_followers_learn_the_boltzmann_policy_of_the_leaders_critics(label: str, tolerance: float) -> None:
+    """Q = -50 |a - 0.5|^2 at temperature 1: a Gaussian of standard deviation 0.1 around 0.5, in each dimension.
+
+    DQS, whose targets near the noise are far off, comes within 1.5 of these. QSM is not consistent with that policy.
+    """
     leader = RFM("MlpPolicy", "Reacher-v5", **TINY | {"temperature": 1.0}).learn(60)
 
     def q(encoded: list[Tensor], actions: Tensor, reduced: bool = False) -> Tensor:
@@ -28,7 +31,7 @@ def test_followers_learn_the_boltzmann_policy_of_the_leaders_critics(label: str)
     for _ in range(400):
         follower.train(leader.replay_buffer.sample(256))
     observations = leader.replay_buffer.sample(512).observations
-    assert (follower.act(observations, deterministic=True) - 0.5).abs().mean() < 0.05
+    assert (follower.act(observations, deterministic=True) - 0.5).abs().mean() < tolerance
     if label == "sac":  # the flows' spread is theirs
         assert follower.act(observations, deterministic=False).std(0).mean() == pytest.approx(0.1, rel=0.15)
     assert all(th.equal(now, before) for now, before in zip(leader.policy.parameters(), acted, strict=True))
