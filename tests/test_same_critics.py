@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch as th
@@ -37,16 +38,72 @@ def test_followers_learn_the_boltzmann_policy_of_the_leaders_critics(label: str,
     assert all(th.equal(now, before) for now, before in zip(leader.policy.parameters(), acted, strict=True))
 
 
+class Constant:
+    """Acts the same in all states, drawn actions half as far."""
+
+    def train(self, batch: Any) -> None:
+        self.steps = getattr(self, "steps", 0) + 1
+
+    def act(self, observations: Tensor, deterministic: bool) -> Tensor:
+        return th.full((len(observations), 2), 0.5 if deterministic else 0.25)
+
+
+def test_the_advantage_is_over_the_leaders_deterministic_actions_in_temperatures(monkeypatch: pytest.MonkeyPatch) -> None:
+    followers: list[Constant] = []
+    monkeypatch.setattr(same_critics, "make_follower", lambda *args: followers.append(Constant()) or followers[-1])
+    leader = RFM("MlpPolicy", "Reacher-v5", **TINY | {"temperature": 0.1, "gradient_steps": 2})
+    compare = same_critics.Compare({"constant": {}}, every=10, n_states=4, report=lambda rows: None)
+    leader.learn(40, callback=compare)
+    # Two steps at each step from 11 on; those of the last are not seen any more.
+    assert followers[0].steps == leader._n_updates - 2 == 58
+    assert [row["step"] for row in compare.rows[::4]] == [20, 30, 40]
+
+    q = lambda encoded, actions: actions.sum(-1).expand(2, -1)  # noqa: E731
+    object.__setattr__(leader.policy.critic, "q_values", q)
+    monkeypatch.setattr(leader.policy, "_predict", lambda obs, deterministic: th.full((4, 2), 0.1 if deterministic else -0.1))
+    rows = compare.look(leader.replay_buffer.sample(4).observations)  # type: ignore[union-attr]
+    measured = {(row["actor"], row["actions"]): row["advantage"] for row in rows}
+    assert measured == pytest.approx(
+        {
+            ("leader", "deterministic"): 0.0,
+            ("leader", "drawn"): -4.0,
+            ("constant", "deterministic"): 8.0,
+            ("constant", "drawn"): 3.0,
+        }
+    )
+
+
+def test_the_summary_is_of_the_second_half() -> None:
+    rows = [
+        {"step": step, "actor": "sac", "actions": actions, "advantage": value}
+        for step, value in ((10, 100.0), (20, 1.0), (30, 2.0), (40, 4.0))
+        for actions in ("deterministic", "drawn")
+    ]
+    assert same_critics.summarise(rows).splitlines()[-1] == "| sac | +3.0 | +3.0 |"
+
+
 def test_the_comparison_from_the_command_line(tmp_path: Path) -> None:
     arguments = ["--env", "Pendulum-v1", "--actors", "rfm", "rfm:wide", "sac", "--set", "rfm:wide.proposal=policy"]
     rows = same_critics.main([*arguments, "--steps", "140", "--every", "20", "--states", "32", "--out", str(tmp_path)])
-    assert len(rows) == 7 * 4 * 2 and all(math.isfinite(row["advantage"]) for row in rows)
+    assert len(rows) == 2 * 4 * 2 and all(math.isfinite(row["advantage"]) for row in rows)
     assert all(row["advantage"] == 0 for row in rows if (row["actor"], row["actions"]) == ("leader", "deterministic"))
     assert "| rfm:wide | " in (tmp_path / "Pendulum-v1.txt").read_text()
     assert len((tmp_path / "Pendulum-v1.csv").read_text().splitlines()) == 1 + len(rows)
 
 
-@pytest.mark.parametrize("arguments", [["--actors", "td3"], ["--actors", "sac", "--leader", "sac"], ["--actors", "rfm:odd"]])
-def test_other_actors_are_refused(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--actors", "td3"], "Actors that can follow"),
+        (["--actors", "sac", "--leader", "sac"], "The leader is a flow policy"),
+        (["--actors", "rfm:odd"], "Unknown setting"),
+        (["--actors", "rfm", "--steps", "100"], "at step 101"),
+        (["--actors", "rfm", "--every", "0"], "positive"),
+    ],
+)
+def test_other_actors_and_runs_without_a_look_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        same_critics.main(["--env", "Pendulum-v1", "--steps", "10", "--out", str(tmp_path), *arguments])
+        same_critics.main(["--env", "Pendulum-v1", "--out", str(tmp_path), *arguments])
+    assert message in capsys.readouterr().err

@@ -105,7 +105,12 @@ def get_follower_class(label: str) -> type[FlowActorCritic] | type[SAC]:
 
 
 def make_follower(leader: FlowActorCritic, label: str, arguments: dict[str, Any]) -> Follower:
-    """The follower that a label of the benchmark names, see :func:`get_follower_class`."""
+    """The follower that a label of the benchmark names.
+
+    :param leader: The agent that it follows, already learning
+    :param label: See :func:`get_follower_class`
+    :param arguments: Keyword arguments of its algorithm; the learning rate is the leader's unless it is among them
+    """
     algorithm = get_follower_class(label)
     if issubclass(algorithm, FlowActorCritic):
         return FlowFollower(leader, algorithm, arguments)
@@ -113,9 +118,9 @@ def make_follower(leader: FlowActorCritic, label: str, arguments: dict[str, Any]
 
 
 class Compare(BaseCallback):
-    """Trains followers beside the leader, and looks at what its critics think of them.
+    """Trains followers beside the leader, and looks at what its critics think of them once it has begun to learn.
 
-    :param followers: Arguments of each follower, by label
+    :param followers: Keyword arguments of each follower, by label
     :param every: Environment steps between two looks
     :param n_states: Replayed states at which actions are compared
     :param report: Is told the rows of each look
@@ -131,14 +136,16 @@ class Compare(BaseCallback):
         self.rows: list[Row] = []
 
     def _on_training_start(self) -> None:
+        self.n_updates = self.model._n_updates
         self.followers = {label: make_follower(self.model, label, given) for label, given in self.arguments.items()}
 
     def _on_step(self) -> bool:
         assert self.model.replay_buffer is not None
-        if self.num_timesteps > self.model.learning_starts:
+        for _ in range(self.n_updates, self.model._n_updates):
             for follower in self.followers.values():
                 follower.train(self.model.replay_buffer.sample(self.model.batch_size))
-        if self.num_timesteps % self.every == 0:
+        self.n_updates = self.model._n_updates
+        if self.n_updates > 0 and self.num_timesteps % self.every == 0:
             rows = self.look(self.model.replay_buffer.sample(self.n_states).observations)
             self.rows += rows
             self.report(rows)
@@ -146,9 +153,11 @@ class Compare(BaseCallback):
 
     @torch.no_grad()
     def look(self, observations: Tensor) -> list[Row]:
-        """Mean Q of both critics for the actions of each actor, above that of the leader's deterministic ones, over λ.
+        """How good the critics find the actions of each actor.
 
         :param observations: Of replayed states, (B, ...)
+        :return: For each actor, deterministic and drawn: the mean Q of both critics over the states, above that of the
+            leader's deterministic actions, in units of the temperature
         """
         critic, temperature = self.model.policy.critic, self.model.policy.temperature
         encoded = critic.encode(critic.features(observations))
@@ -208,11 +217,18 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     except ValueError as error:
         parser.error(str(error))
 
+    leader = leading("MlpPolicy", make_env(task.env_id), seed=args.seed, device="cpu", **settings[args.leader])
+    if min(args.every, args.states) < 1 or args.steps // args.every * args.every <= leader.learning_starts + 1:
+        parser.error(
+            f"--every and --states are positive, and there is a look after the leader has begun to learn, at step "
+            f"{leader.learning_starts + 1}: got --steps {args.steps} --every {args.every} --states {args.states}."
+        )
+
     def report(rows: list[Row]) -> None:
         shown = ", ".join(f"{r['actor']} {r['advantage']:+.1f}" for r in rows if r["actions"] == "deterministic")
         print(f"{rows[0]['step']:,} steps: {shown}", flush=True)
 
-    leader = leading("MlpPolicy", make_env(task.env_id), seed=args.seed, device="cpu", **settings[args.leader])
+    print("Where updates are compiled, the first ones wait for the compiler, up to a minute for each actor.", flush=True)
     compare = Compare({label: settings[label] for label in args.actors}, args.every, args.states, report)
     leader.learn(args.steps, callback=compare)
     args.out.mkdir(parents=True, exist_ok=True)
