@@ -19,7 +19,7 @@ from typing import Any
 import torch as th
 from torch import Tensor
 
-from sb3_rfm.actors import boltzmann_log_prob, squash, unsquash
+from sb3_rfm.actors import LATENT_BOUND, boltzmann_log_prob, squash, unsquash
 from sb3_rfm.critics import QCritic
 from sb3_rfm.execution import Executor
 from sb3_rfm.gradients import Gradients, differentiate, step, train_extractors, trained
@@ -211,7 +211,10 @@ class Learner:
             posterior = self.posterior_mean(log_prob, x_t, t, prediction.detach())
             error_weights = 1.0 if self.weighting == "uniform" else regression_weights(log_prob, prediction.detach())
             spread = action_spread(self.critic, encoded_q, self.actor.action_dim)
-        loss = (error_weights * (prediction - posterior.x1).square()).sum(-1).mean()
+            # Kept where the prediction can follow: near the noise a gradient of log p1 counts (sigma / alpha)^2 times, and a
+            # few targets made of gradients alone would outweigh all others.
+            target = posterior.x1.clamp(-LATENT_BOUND, LATENT_BOUND)
+        loss = (error_weights * (prediction - target).square()).sum(-1).mean()
         return loss, {
             "actor_loss": loss.detach(),
             "ess": posterior.ess.mean(),

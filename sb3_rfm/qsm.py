@@ -7,7 +7,6 @@ Source: Psenka et al., Q-score matching (arXiv 2312.11752). The regression is no
 import torch as th
 from torch import Tensor
 
-from sb3_rfm.actors import LATENT_BOUND
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.posterior import LogProb, PosteriorMean, value_and_gradient
 from sb3_rfm.sources import GaussianSource, get_source
@@ -31,8 +30,8 @@ class QSM(FlowActorCritic):
     def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
         path = self.actor.probability_path
         _, score = value_and_gradient(log_prob, x_t.unsqueeze(1))
-        # The data mean that has this score, kept where the flow's prediction can follow it.
-        x_1 = path.convert(score.squeeze(1), x_t, t, source="score", target="data").clamp(-LATENT_BOUND, LATENT_BOUND)
+        # The data mean that has this score.
+        x_1 = path.convert(score.squeeze(1), x_t, t, source="score", target="data")
         x_0 = path.noise_from_data(x_1, x_t, t)
         one = th.ones_like(t)
         return PosteriorMean(

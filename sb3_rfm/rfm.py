@@ -9,7 +9,7 @@ from typing import ClassVar
 from stable_baselines3.common.preprocessing import get_action_dim
 from torch import Tensor
 
-from sb3_rfm.actors import LATENT_BOUND, LATENT_SCALE
+from sb3_rfm.actors import LATENT_SCALE
 from sb3_rfm.candidates import PointSet
 from sb3_rfm.control_variates import Coefficient, check_coefficient
 from sb3_rfm.flow_actor_critic import FlowActorCritic
@@ -46,12 +46,7 @@ class RFM(FlowActorCritic):
             raise ValueError(f"coefficient must be one number or {n_actions}, one per action dimension, got {coefficient}.")
 
     def _posterior_mean(self, log_prob: LogProb, x_t: Tensor, t: Tensor, guess: Tensor) -> PosteriorMean:
-        posterior = self.estimator.estimate(log_prob, x_t, t, self.estimator.draw(x_t, t, guess=guess))
-        if self.coefficient == "optimal":
-            return posterior
-        # Other coefficients do not bound what they correct: with gradients alone, which near the noise count (sigma / alpha)^2
-        # times, a few targets would outweigh all others. They are kept where the flow's prediction can follow them.
-        return posterior._replace(x1=posterior.x1.clamp(-LATENT_BOUND, LATENT_BOUND))
+        return self.estimator.estimate(log_prob, x_t, t, self.estimator.draw(x_t, t, guess=guess))
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "estimator"]

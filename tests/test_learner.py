@@ -140,6 +140,17 @@ def test_the_weights_are_those_of_the_regression(weighting: str, factor: float, 
     assert loss.item() == pytest.approx(factor)
 
 
+def test_targets_are_kept_within_the_range_of_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    for parameter in model.actor.network.output_layer.parameters():
+        parameter.data.zero_()  # predicts 0
+    target = model._learner.posterior_mean
+    monkeypatch.setattr(model._learner, "posterior_mean", lambda *args: target(*args)._replace(x1=th.full((8, 1), -100.0)))
+    features = th.randn(8, 3)
+    loss, _ = model._learner.actor_loss(features, features, th.zeros(8, 1))
+    assert loss.item() == pytest.approx(4.0**2)
+
+
 def test_a_new_unit_leaves_values_as_they_are() -> None:
     model = make()
     critic, obs, actions = model.critic, th.randn(6, 3), 2 * th.rand(6, 1) - 1
