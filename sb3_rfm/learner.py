@@ -2,8 +2,9 @@
 
 A batch's way through it:
 
-    replay buffer → x_t on the path → posterior mean of the Boltzmann policy → loss of the flow   ┐
-                  → action of the policy at the next state → critic target   → loss of the critics ┴→ step → target critic
+    replay buffer → actions of the policy at the next states → critic target → loss of the critics → step → target critic
+                    these actions, or replayed ones → x_t on the path → posterior mean of the Boltzmann policy
+                                                                      → loss of the flow → step
 
 The policy aimed at is ``pi(a|s) ∝ exp(Q(s, a) / temperature)``. In the latent ``u = atanh(a)`` its log-density is
 ``Q(s, tanh u) / temperature + sum_j log sech^2 u_j`` (change of variables), and the flow regresses the posterior mean of
@@ -14,7 +15,7 @@ Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), algorithm 1
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from torch import Tensor
@@ -33,16 +34,33 @@ RegressionTarget = Callable[[LogProb, Tensor, Tensor, Tensor], PosteriorMean]
 (B, D), their times, (B,), and the flow's own prediction of the data mean there, (B, D)."""
 
 
+class Inputs(NamedTuple):
+    """What the losses take from a batch."""
+
+    critic_features: Tensor
+    """Critic features of the observations, (B, F)"""
+    next_q: Tensor
+    """The target critics' min Q of the policy's actions at the next observations, (B,)"""
+    actor_features: Tensor
+    """Actor features of the observations where the flow is regressed, (B, F)"""
+    value_features: Tensor
+    """Critic features of the same observations, (B, F); they carry no gradient"""
+    x_1: Tensor
+    """Latents there, which are noised to the points of the regression, (B, D)"""
+    metrics: dict[str, Tensor]
+    """What was observed on the way, scalars"""
+
+
 class Learner:
     """Steps the critics, and regresses the flow.
 
     :param policy: The flow, the critics and the target critics
     :param posterior_mean: What the flow is regressed on
-    :param proposal: Which actions are noised for the regression: ``"replay"`` → replayed ones, ``"policy"`` → actions of the
-        current policy at replayed states
+    :param proposal: Where the flow is regressed, and which actions are noised for it: ``"replay"`` → states and actions of the
+        replay buffer, ``"policy"`` → their next states, with the actions of the current policy that the critic's target needs
     :param weighting: How much an error counts in each dimension: ``"uniform"`` → all the same, ``"gradient"`` →
         see :func:`regression_weights`
-    :param n_target_particles: Particles of which one is chosen where the policy is drawn from, here and in the critic's target
+    :param n_target_particles: Particles of which one is chosen at the next states
     :param temperature_share: Share of the spread of Q that the temperature follows; None where it is fixed
     :param reduced: Whether candidates are evaluated, and actions drawn, in bfloat16
     :param executor: How updates are run
@@ -50,6 +68,8 @@ class Learner:
 
     run_update: Callable[..., Tensor]
     """:meth:`update` as ``executor`` runs it"""
+    run_actor_gradients: Callable[..., Gradients]
+    """:meth:`actor_gradients` as ``executor`` runs it"""
     metric_names: list[str]
     """Names of the metrics, after an update"""
 
@@ -80,8 +100,9 @@ class Learner:
             list(self.critic_target.parameters()),
         )
         self._copied = _running_statistics(self.critic), _running_statistics(self.critic_target)
+        self._run_next_actions = executor.prepare(self.next_actions, policy)
         self._run_critic_gradients = executor.prepare(self.critic_gradients, policy)
-        self._run_actor_gradients = executor.prepare(self.actor_gradients, policy)
+        self.run_actor_gradients = executor.prepare(self.actor_gradients, policy)
         self.run_update = executor.record(self.update, policy, self.optimizers)
         self._learning_rate = th.zeros((), device=policy.device)
 
@@ -111,28 +132,19 @@ class Learner:
         """
         share = self.temperature_share
         update_reward_scale(self.policy, batch.rewards, scale_temperature=share is not None)
-        discounts = th.full_like(batch.rewards, gamma) if batch.discounts is None else batch.discounts
-        actor_features, critic_features = self.policy.features(batch.observations)
-        with th.no_grad():
-            next_actor_features = self.actor.features(batch.next_observations)
-            next_critic_features = self.critic_target.features(batch.next_observations)
         actions = batch.actions.float()  # a box may have another precision
-        rewards, discounts = batch.rewards.flatten(), ((1 - batch.dones) * discounts).flatten()
-        critic_gradients = partial(
-            self._run_critic_gradients,
-            critic_features,
-            actions,
-            next_actor_features,
-            next_critic_features,
-            rewards,
-            discounts,
-        )
-        actor_gradients = partial(self._run_actor_gradients, actor_features, critic_features.detach(), actions)
+        discounts = th.full_like(batch.rewards, gamma) if batch.discounts is None else batch.discounts
+        inputs = self.inputs(batch.observations, actions, batch.next_observations)
+        targets = batch.rewards.flatten() + ((1 - batch.dones) * discounts).flatten() * inputs.next_q
+        critic_gradients = partial(self._run_critic_gradients, inputs.critic_features, actions, targets)
+        actor_gradients = partial(self.run_actor_gradients, inputs.actor_features, inputs.value_features, inputs.x_1)
         critic_result, actor_result = self.executor.parallel(critic_gradients, actor_gradients)
         train_extractors(
-            self.optimizers(), trained(actor_features, critic_features), actor_result.features + critic_result.features
+            self.optimizers(),
+            trained(inputs.actor_features, inputs.critic_features),
+            actor_result.features + critic_result.features,
         )
-        metrics = critic_result.metrics | actor_result.metrics
+        metrics = inputs.metrics | critic_result.metrics | actor_result.metrics
         steps = [
             partial(self._step_critics, critic_result.parameters, tau, max_grad_norm),
             partial(step, self.actor.optimizer, self._actor_parameters, actor_result.parameters, max_grad_norm),
@@ -144,60 +156,74 @@ class Learner:
         self.metric_names = list(metrics)
         return th.stack(list(metrics.values()))
 
-    def critic_gradients(self, features: Tensor, *others: Tensor) -> Gradients:
+    def inputs(self, observations: Any, actions: Tensor, next_observations: Any) -> Inputs:
+        """Features, actions of the policy, and where the flow is regressed.
+
+        :param observations: Of a batch of transitions
+        :param actions: (B, D), in [-1, 1]
+        :param next_observations: Of the same transitions
+        """
+        on_policy = self.proposal == "policy"
+        if on_policy:
+            critic_features = self.policy.critic_features(observations)
+            actor_features, value_features = self.policy.features(next_observations)
+            next_actor_features = actor_features.detach()
+        else:
+            actor_features, critic_features = self.policy.features(observations)
+            value_features = critic_features
+            with th.no_grad():
+                next_actor_features = self.actor.features(next_observations)
+        with th.no_grad():
+            next_critic_features = self.critic_target.features(next_observations)
+        next_latents, next_q, metrics = self._run_next_actions(next_actor_features, next_critic_features)
+        x_1 = next_latents if on_policy else unsquash(actions)
+        return Inputs(critic_features, next_q, actor_features, value_features.detach(), x_1, metrics)
+
+    @th.no_grad()
+    def next_actions(self, actor_features: Tensor, critic_features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Draw from the current policy, and ask the target critic.
+
+        :param actor_features: Actor features of the next observations, (B, F)
+        :param critic_features: Target-critic features of the next observations, (B, F)
+        :return: Latents, (B, D), ``min_i Q'_i`` there, (B,), and metrics
+        """
+        noise = self.actor.draw_noise(len(actor_features), self.n_target_particles)
+        latents, q = self.policy.draw(actor_features, self.critic_target, critic_features, noise, reduced=self.reduced)
+        saturation = (squash(latents).abs() > 0.99).float().mean()
+        return latents, q, {"latent_max": latents.abs().amax(), "saturation": saturation}
+
+    def critic_gradients(self, features: Tensor, actions: Tensor, targets: Tensor) -> Gradients:
         """Gradients of :meth:`critic_loss`, which has the same parameters."""
-        loss, metrics = self.critic_loss(features, *others)
+        loss, metrics = self.critic_loss(features, actions, targets)
         return differentiate(loss, self.critic.q_networks, features, metrics)
 
-    def actor_gradients(self, actor_features: Tensor, *others: Tensor) -> Gradients:
+    def actor_gradients(self, actor_features: Tensor, critic_features: Tensor, x_1: Tensor) -> Gradients:
         """Gradients of :meth:`actor_loss`, which has the same parameters."""
-        loss, metrics = self.actor_loss(actor_features, *others)
+        loss, metrics = self.actor_loss(actor_features, critic_features, x_1)
         return differentiate(loss, self.actor.network, actor_features, metrics)
 
-    def critic_loss(
-        self,
-        features: Tensor,
-        actions: Tensor,
-        next_actor_features: Tensor,
-        next_critic_features: Tensor,
-        rewards: Tensor,
-        discounts: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def critic_loss(self, features: Tensor, actions: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the critics against ``r + discount * min_i Q'_i(s', a')``, with a' from the policy.
 
         :param features: Critic features of the observations, (B, F)
         :param actions: (B, D), in [-1, 1]
-        :param next_actor_features: Actor features of the next observations, (B, F)
-        :param next_critic_features: Target-critic features of the next observations, (B, F)
-        :param rewards: (B,)
-        :param discounts: Discount factors, 0 after termination, (B,)
+        :param targets: (B,)
         :return: Scalar loss, in squared units of ``critic.scale``, and metrics
         """
-        with th.no_grad():
-            latents, next_q = self._sample_policy(next_actor_features, self.critic_target, next_critic_features)
-            target = rewards + discounts * next_q
         q = self.critic.q_values(self.critic.encode(features), actions)
-        loss = 0.5 * ((q - target) / self.critic.scale).square().mean(1).sum()
-        return loss, {
-            "critic_loss": loss.detach(),
-            "q_mean": q.detach().mean(),
-            "latent_max": latents.abs().amax(),
-            "saturation": (squash(latents).abs() > 0.99).float().mean(),
-        }
+        loss = 0.5 * ((q - targets) / self.critic.scale).square().mean(1).sum()
+        return loss, {"critic_loss": loss.detach(), "q_mean": q.detach().mean()}
 
-    def actor_loss(self, actor_features: Tensor, critic_features: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, actor_features: Tensor, critic_features: Tensor, x_1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted squared error of the flow's data prediction against the posterior mean of the Boltzmann policy's latent.
 
         :param actor_features: (B, F)
         :param critic_features: (B, F)
-        :param actions: Replayed actions, (B, D), in [-1, 1]
+        :param x_1: Latents that are noised to where the flow is regressed, (B, D)
         :return: Scalar loss, in squared units of the latent, and metrics
         """
         with th.no_grad():
             encoded_q = self.critic.encode(critic_features)
-            x_1 = unsquash(actions)
-            if self.proposal == "policy":
-                x_1, _ = self._sample_policy(actor_features, self.critic, critic_features)
             t_min = self.actor.t_min
             t = t_min + (1 - 2 * t_min) * th.rand(x_1.shape[0], device=x_1.device)
             x_t = self.actor.add_noise(x_1, t)
@@ -222,17 +248,6 @@ class Learner:
             "variance_ratio": posterior.variance_ratio.median(),
             "action_spread": spread,
         }
-
-    def _sample_policy(self, actor_features: Tensor, critic: QCritic, critic_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw from the current policy.
-
-        :param actor_features: (B, F)
-        :param critic: The critic that chooses among ``n_target_particles``
-        :param critic_features: Its features, (B, F)
-        :return: Latents (B, D), and the critic's min Q there (B,)
-        """
-        noise = self.actor.draw_noise(len(actor_features), self.n_target_particles)
-        return self.policy.draw(actor_features, critic, critic_features, noise, reduced=self.reduced)
 
     def _step_critics(self, gradients: list[Tensor], tau: float, max_grad_norm: float | None) -> None:
         """One step of the critics, and the target critic after them.

@@ -228,6 +228,10 @@ class FlowPolicy(BoundedPolicy):
         actor_features = self.actor.features(observation)
         return actor_features, actor_features.detach() if self.share_features_extractor else self.critic.features(observation)
 
+    def critic_features(self, observation: PyTorchObs) -> Tensor:
+        """Those of the critic alone, (B, F)."""
+        return self.features(observation)[1] if self.share_features_extractor else self.critic.features(observation)
+
     def acting_features(self, observation: PyTorchObs, n_particles: int) -> tuple[Tensor, Tensor | None]:
         """Features of the actor, and of the critic where it is to choose among particles, (B, F) each."""
         return self.features(observation) if n_particles > 1 else (self.actor.features(observation), None)

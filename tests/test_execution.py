@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sb3_rfm import DQS, QNE, QSM, RFM, compilation, execution, recording
+from sb3_rfm.actors import unsquash
 from sb3_rfm.execution import Executor, resolve_mode, resolve_precision
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 
@@ -227,18 +228,20 @@ def test_compiled_gradients_are_the_eager_ones(
     model.learn(60)
     batch = model.replay_buffer.sample(256)  # type: ignore[union-attr]
     now, after, rewards = batch.observations.float(), batch.next_observations.float(), batch.rewards.flatten()
+    _, q, _ = model._learner.next_actions(after, after)
     arguments: dict[Callable[..., Any], Any] = {
-        model._learner.critic_gradients: (now, batch.actions, after, after, rewards, torch.full_like(rewards, 0.99)),
-        model._learner.actor_gradients: (now, now, batch.actions),
+        model._learner.critic_gradients: (now, batch.actions, rewards + 0.99 * q),
+        model._learner.actor_gradients: (now, now, unsquash(batch.actions)),
     }
 
-    def gradients(executor: Executor) -> torch.Tensor:
+    def run(executor: Executor) -> tuple[torch.Tensor, ...]:
         torch.manual_seed(1)
+        latents, q, _ = executor.prepare(model._learner.next_actions, model.policy)(after, after)
         results = [executor.prepare(function, model.policy)(*args) for function, args in arguments.items()]
-        return torch.cat([gradient.flatten() for result in results for gradient in result.parameters])
+        return latents, q, torch.cat([gradient.flatten() for result in results for gradient in result.parameters])
 
-    eager = gradients(Executor())
-    torch.testing.assert_close(gradients(Executor(mode)), eager, rtol=0, atol=tolerance * float(eager.abs().max()))
+    for eager, other in zip(run(Executor()), run(Executor(mode)), strict=True):
+        torch.testing.assert_close(other, eager, rtol=0, atol=tolerance * float(eager.abs().max()))
 
 
 def test_a_copy_of_a_compiled_model_learns_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,8 +286,9 @@ MIXTURE = MixtureSameFamily(Categorical(torch.ones(2)), Normal(torch.tensor([-1.
 )
 def test_whatever_is_chosen_becomes_a_graph(algorithm: type[FlowActorCritic], arguments: dict[str, Any]) -> None:
     model = algorithm("MlpPolicy", "Pendulum-v1", device="cpu", execution="eager", **arguments)
-    states, actions, numbers = torch.zeros(4, 3), torch.zeros(4, 1), torch.zeros(4)
-    compilation.trace(model._learner.critic_gradients, model.policy, (states, actions, states, states, numbers, numbers))
+    states, actions = torch.zeros(4, 3), torch.zeros(4, 1)
+    compilation.trace(model._learner.next_actions, model.policy, (states, states))
+    compilation.trace(model._learner.critic_gradients, model.policy, (states, actions, torch.zeros(4)))
     compilation.trace(model._learner.actor_gradients, model.policy, (states, states, actions))
     for deterministic, n_particles in ((False, model.n_exploration_particles), (True, model.n_particles)):
         features = states if n_particles > 1 else None

@@ -1,6 +1,8 @@
 """What is learned from a batch, against closed forms."""
 
 import math
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -32,6 +34,19 @@ def make(**kwargs: Any) -> RFM:
     return RFM("MlpPolicy", "Pendulum-v1", **TINY | kwargs)
 
 
+def transitions() -> SimpleNamespace:
+    """Two, of which the second ends its episode."""
+    th.manual_seed(0)
+    return SimpleNamespace(
+        observations=th.randn(2, 3),
+        actions=1.6 * th.rand(2, 1) - 0.8,
+        next_observations=th.randn(2, 3),
+        rewards=th.tensor([[1.0], [5.0]]),
+        dones=th.tensor([[0.0], [1.0]]),
+        discounts=None,
+    )
+
+
 def answer(critic: QCritic, values: list[float]) -> None:
     """Have each Q-function give one value for everything, in its own unit."""
     for network, value in zip(critic.q_networks, values, strict=True):
@@ -53,16 +68,37 @@ def test_density_of_latents_is_that_of_actions_times_the_jacobian() -> None:
 @pytest.mark.parametrize("n_target_particles", [1, 2])
 def test_critics_are_regressed_on_the_smaller_target_value(n_target_particles: int) -> None:
     model = make(n_target_particles=n_target_particles)
+    update = partial(model._learner.update, transitions(), gamma=0.9, tau=0.005, max_grad_norm=None)
+    update()  # the unit of Q is the mean reward from here on
     answer(model.critic, [1.0, 3.0])
     answer(model.critic_target, [10.0, 7.0])
-    model.critic.scale.fill_(2.0)
-    model.critic_target.scale.fill_(2.0)
-    features = th.randn(2, 3)
-    discounts = th.tensor([0.9, 0.0])  # the second transition ends its episode
-    loss, _ = model._learner.critic_loss(features, th.zeros(2, 1), features, features, th.tensor([1.0, 5.0]), discounts)
-    targets = [1.0 + 0.9 * 14.0, 5.0]
-    expected = 0.5 * sum((q - target) ** 2 / 2 for q in (2.0, 6.0) for target in targets) / 2.0**2
-    assert loss.item() == pytest.approx(expected)
+    metrics = dict(zip(model._learner.metric_names, update(), strict=True))
+    targets = [1.0 + 0.9 * 3.0 * 7.0, 5.0]  # the second transition ends its episode
+    expected = 0.5 * sum((q - target) ** 2 / 2 for q in (3.0, 9.0) for target in targets) / 3.0**2
+    assert metrics["critic_loss"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_flow_is_regressed_where_the_proposal_says(share: bool) -> None:
+    kwargs = {"features_extractor_class": LinearExtractor, "share_features_extractor": share}
+    batch = transitions()
+    for proposal, observations in (("replay", batch.observations), ("policy", batch.next_observations)):
+        model = make(
+            proposal=proposal, n_target_particles=1, precision="float32", policy_kwargs=TINY["policy_kwargs"] | kwargs
+        )
+        th.manual_seed(0)
+        inputs = model._learner.inputs(batch.observations, batch.actions, batch.next_observations)
+        th.manual_seed(0)
+        drawn = model.actor.sample_latents(model.actor.features(batch.next_observations), model.actor.draw_noise(2, 1))[:, 0]
+        encoded = model.critic_target.encode(model.critic_target.features(batch.next_observations))
+        next_q = model.critic_target.min_q(encoded, squash(drawn))
+        th.testing.assert_close(inputs.x_1, drawn if proposal == "policy" else unsquash(batch.actions))
+        th.testing.assert_close(inputs.actor_features, model.actor.features(observations))
+        th.testing.assert_close(inputs.value_features, model.critic.features(observations))
+        th.testing.assert_close(inputs.critic_features, model.critic.features(batch.observations))
+        th.testing.assert_close(inputs.next_q, next_q)
+        features = inputs.actor_features, inputs.critic_features, inputs.value_features
+        assert [tensor.requires_grad for tensor in features] == [True, not share, False]
 
 
 @pytest.mark.parametrize("path", ["cond_ot", "cosine"])
@@ -81,11 +117,11 @@ def test_the_flow_that_knows_the_posterior_mean_has_no_loss(path: str, monkeypat
         return mean + gain * (latents - alpha * mean)
 
     monkeypatch.setattr(model.critic, "split_q", gaussian_q)
-    features, actions = th.randn(500, 3), 1.6 * th.rand(500, 1) - 0.8
+    features, latents = th.randn(500, 3), unsquash(1.6 * th.rand(500, 1) - 0.8)
     with monkeypatch.context() as known:
         known.setattr(model.actor, "predict_data", exact)
-        loss, _ = model._learner.actor_loss(features, features, actions)
-    untrained, _ = model._learner.actor_loss(features, features, actions)
+        loss, _ = model._learner.actor_loss(features, features, latents)
+    untrained, _ = model._learner.actor_loss(features, features, latents)
     assert loss.item() < 1e-3 < 0.1 < untrained.item()
 
 
@@ -135,8 +171,8 @@ def test_the_weights_are_those_of_the_regression(weighting: str, factor: float, 
         "posterior_mean",
         lambda *args: target(*args)._replace(x1=args[-1] + 1),  # one off everywhere
     )
-    features, actions = th.randn(8, 3), 1.6 * th.rand(8, 1) - 0.8
-    loss, _ = model._learner.actor_loss(features, features, actions)
+    features, latents = th.randn(8, 3), unsquash(1.6 * th.rand(8, 1) - 0.8)
+    loss, _ = model._learner.actor_loss(features, features, latents)
     assert loss.item() == pytest.approx(factor)
 
 
@@ -204,10 +240,11 @@ def test_frozen_extractors_are_not_trained(share: bool) -> None:
         th.testing.assert_close(parameter.detach(), value, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("proposal", ["replay", "policy"])
 @pytest.mark.parametrize("share", [False, True])
-def test_a_shared_extractor_sees_an_observation_once(share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_extractor_sees_an_observation_once(share: bool, proposal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kwargs = {"features_extractor_class": LinearExtractor, "share_features_extractor": share}
-    model = make(policy_kwargs=TINY["policy_kwargs"] | kwargs).learn(20)
+    model = make(proposal=proposal, policy_kwargs=TINY["policy_kwargs"] | kwargs).learn(20)
     calls: list[int] = []
     forward = LinearExtractor.forward
     monkeypatch.setattr(LinearExtractor, "forward", lambda self, obs: calls.append(len(obs)) or forward(self, obs))

@@ -51,13 +51,12 @@ class FlowFollower:
         self.policy = model.policy
         for name in ("critic", "critic_target", "temperature"):
             setattr(self.policy, name, getattr(leader.policy, name))
-        executor = leader._learner.executor
-        self.gradients = executor.prepare(model._make_learner(executor=executor).actor_gradients, self.policy)
+        self.learner = model._make_learner(executor=leader._learner.executor)
         self.parameters = list(self.policy.actor.network.parameters())
 
     def train(self, batch: Any) -> None:
-        actor_features, critic_features = self.policy.features(batch.observations)
-        result = self.gradients(actor_features, critic_features.detach(), batch.actions.float())
+        inputs = self.learner.inputs(batch.observations, batch.actions.float(), batch.next_observations)
+        result = self.learner.run_actor_gradients(inputs.actor_features, inputs.value_features, inputs.x_1)
         step(self.policy.actor.optimizer, self.parameters, result.parameters, max_grad_norm=None)
 
     @torch.no_grad()
