@@ -1,7 +1,10 @@
-"""The flow as an actor: a bounded prediction of the data end of the path, and latents drawn with it.
+"""The flow as an actor: a prediction of the data end of the path, and latents drawn with it.
 
-The flow lives in an unbounded latent ``u`` with action ``a = tanh(u)``. The actor predicts ``E[u_1 | u_t]`` with a bounded
-output: every sampling step then moves towards a bounded point, and integration cannot diverge whatever the weights are.
+The flow lives in an unbounded latent ``u`` with action ``a = tanh(u)``. The actor predicts ``E[u_1 | u_t]``, and what latents
+are drawn with is clipped: every sampling step then moves towards a bounded point, and integration cannot diverge whatever the
+weights are.
+
+Source: Karras et al. (arXiv 2206.00364), section 5, for the preconditioned network.
 """
 
 import copy
@@ -22,13 +25,16 @@ from torch.nn import functional as F
 from sb3_rfm.arguments import WEIGHTS_LOST, check_observation, check_sampler
 from sb3_rfm.checks import check_integer
 from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
-from sb3_rfm.paths import Path, get_path
+from sb3_rfm.paths import Path, expand_to, get_path
 from sb3_rfm.persistence import PersistentModel
-from sb3_rfm.samplers import denoise_unchecked, langevin, time_grid
+from sb3_rfm.samplers import denoise_unchecked, langevin, noise_grid, time_grid
 from sb3_rfm.sources import Source, get_source
 
 LATENT_BOUND = 4.0
-"""Largest latent a flow can predict; tanh(4) = 0.9993."""
+"""Largest latent that is drawn; tanh(4) = 0.9993."""
+
+LATENT_SPREAD = 0.5
+"""Standard deviation of the latents of one state that the network is preconditioned for."""
 
 LATENT_SCALE = 1.0
 """Spread of latents under a uniform action: the density sech^2 has standard deviation pi / sqrt(12) = 0.91."""
@@ -40,7 +46,7 @@ def squash(latents: Tensor) -> Tensor:
 
 
 def unsquash(actions: Tensor) -> Tensor:
-    """Latents of actions, clipped to the range that a flow can predict."""
+    """Latents of actions, clipped to the range of what is drawn."""
     limit = np.tanh(LATENT_BOUND).item()
     return th.atanh(actions.clamp(-limit, limit))
 
@@ -111,7 +117,8 @@ class FlowActor(BoundedPolicy):
     :param normalize_images: Whether to divide images by 255
     :param path: Probability path of the flow
     :param source: Where the flow starts
-    :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
+    :param sampler: ``"ode"`` (steps of second order, shorter towards the data), ``"euler"`` (even steps of first order, as in
+        the papers), ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
     :param integration_steps: Steps from noise to action, one evaluation of the network each; Langevin dynamics take one more
     :param t_min: First time for which the flow is trained
     """
@@ -163,9 +170,10 @@ class FlowActor(BoundedPolicy):
         # A copy: compilers leave marks on tensors.
         self.probability_path, self._source = get_path(path), copy.deepcopy(get_source(source)).to(self.device)
         check_sampler(sampler, self._source)
-        times = time_grid(integration_steps, t_min, device=self.device)
-        times[0] = 0.0  # where there is noise alone; the flow takes it for the time t_min
-        self.register_buffer("times", times, persistent=False)
+        # From where there is noise alone; the flow takes it for the time t_min.
+        even = sampler == "euler"
+        times = time_grid(integration_steps) if even else noise_grid(self.probability_path, integration_steps)
+        self.register_buffer("times", times.to(self.device), persistent=False)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FlowActor":
         super()._apply(*args, **kwargs)  # moves parameters and buffers
@@ -190,7 +198,11 @@ class FlowActor(BoundedPolicy):
         return self.probability_path.interpolate(self.draw_noise(len(latents), 1)[:, 0], latents, t)
 
     def predict_data(self, encoded: Tensor, latents: Tensor, t: Tensor, reduced: bool = False) -> Tensor:
-        """``E[u_1 | u_t]``, within ``LATENT_BOUND``.
+        """``E[u_1 | u_t]``.
+
+        The network corrects what would be right if the latents of each state were Gaussian around 0 with standard deviation
+        ``LATENT_SPREAD``, by an amount that vanishes with the noise. Near the data the prediction follows ``u_t`` from the
+        start: that it does decides how far apart drawn actions lie.
 
         :param encoded: ``network.encode(features)``, (B, H)
         :param latents: ``u_t``, (B, D) or (B, P, D)
@@ -198,8 +210,10 @@ class FlowActor(BoundedPolicy):
         :param reduced: See :meth:`ConditionalMLP.decode`
         :return: Shape of ``latents``
         """
-        output = self.network.decode(self.network.at_time(encoded, self.time_embedding(t)), latents, reduced)
-        return LATENT_BOUND * th.tanh(output / LATENT_BOUND)
+        alpha, sigma = (expand_to(f(t), latents) for f in (self.probability_path.alpha, self.probability_path.sigma))
+        std = (alpha**2 * LATENT_SPREAD**2 + sigma**2).sqrt()  # of u_t
+        output = self.network.decode(self.network.at_time(encoded, self.time_embedding(t)), latents / std, reduced)
+        return alpha * (LATENT_SPREAD / std) ** 2 * latents + sigma * LATENT_SPREAD / std * output
 
     def sample_latents(self, features: Tensor, noise: Tensor, deterministic: bool = False, reduced: bool = False) -> Tensor:
         """Carry noise to latents ``u_1`` along the flow.
@@ -214,7 +228,7 @@ class FlowActor(BoundedPolicy):
         times = self.times
 
         def data_prediction(x: Tensor, t: Tensor) -> Tensor:
-            return self.predict_data(encoded, x, t.clamp(min=self.t_min), reduced)
+            return self.predict_data(encoded, x, t.clamp(min=self.t_min), reduced).clamp(-LATENT_BOUND, LATENT_BOUND)
 
         path = self.probability_path
         x = path.sigma(times[0]) * noise
@@ -223,11 +237,11 @@ class FlowActor(BoundedPolicy):
             # the path's density is nearly the target's own.
             t = times[-2]
             alpha, sigma = path.alpha(t), path.sigma(t)
-            x = denoise_unchecked(data_prediction, x, times[:-1], path, 0.0, None)
+            x = denoise_unchecked(data_prediction, x, times[:-1], path)
             x = langevin(lambda u: (alpha * data_prediction(u, t) - u) / sigma**2, x, 0.5 * sigma**2, n_steps=1)
             return data_prediction(x, t)
         noise_scale = 1.0 if self.sampler == "sde" and not deterministic else 0.0
-        return denoise_unchecked(data_prediction, x, times, path, noise_scale, None)
+        return denoise_unchecked(data_prediction, x, times, path, noise_scale, order=1 if self.sampler == "euler" else 2)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._predict(obs, deterministic)

@@ -118,12 +118,12 @@ def check_sampler(sampler: str, source: Source) -> None:
 
     :raises ValueError: for unknown samplers, and for those that the source does not allow
     """
-    if sampler not in ("ode", "sde", "langevin"):
-        raise ValueError(f"sampler must be 'ode', 'sde' or 'langevin', got {sampler!r}.")
-    if sampler != "ode" and not isinstance(source, GaussianSource):
+    if sampler not in ("ode", "euler", "sde", "langevin"):
+        raise ValueError(f"sampler must be 'ode', 'euler', 'sde' or 'langevin', got {sampler!r}.")
+    if sampler in ("sde", "langevin") and not isinstance(source, GaussianSource):
         raise ValueError(
             f"sampler={sampler!r} needs source='gaussian', whose score follows from the flow's data prediction; "
-            "other sources go with sampler='ode'."
+            "other sources go with sampler='ode' or 'euler'."
         )
 
 

@@ -88,8 +88,9 @@ class FlowActorCritic(PersistentAlgorithm):
     :param coefficient: Control-variate coefficient in noise coordinates, where the algorithm leaves a choice
     :param path: ``"cond_ot"``, ``"cosine"``, ``"linear_vp"``, ``"ve"`` or a :class:`~sb3_rfm.paths.Path`
     :param source: Where the flow starts: ``"gaussian"``, a ``torch.distributions`` distribution on R^D or a
-        :class:`~sb3_rfm.sources.Source`; another than the Gaussian goes with ``sampler="ode"`` alone
-    :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
+        :class:`~sb3_rfm.sources.Source`; another than the Gaussian goes with ``"ode"`` and ``"euler"`` alone
+    :param sampler: ``"ode"`` (steps of second order, shorter towards the data), ``"euler"`` (even steps of first order, as in
+        the papers), ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
     :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
     :param proposal: Where the ``x_t`` of the regression come from: ``"replay"`` → noised replayed actions, ``"policy"`` →
         noised actions of the current policy at replayed states
@@ -152,7 +153,7 @@ class FlowActorCritic(PersistentAlgorithm):
         source: str | Source | Distribution = "gaussian",
         sampler: str = "ode",
         integration_steps: int = 5,
-        proposal: str = "replay",
+        proposal: str = "policy",
         weighting: str = "uniform",
         n_particles: int = 1,
         n_exploration_particles: int = 1,

@@ -234,8 +234,9 @@ class Learner:
             return boltzmann_log_prob(u, q, self.policy.temperature)
 
         with th.no_grad():
-            posterior = self.posterior_mean(log_prob, x_t, t, prediction.detach())
-            error_weights = 1.0 if self.weighting == "uniform" else regression_weights(log_prob, prediction.detach())
+            guess = prediction.detach().clamp(-LATENT_BOUND, LATENT_BOUND)
+            posterior = self.posterior_mean(log_prob, x_t, t, guess)
+            error_weights = 1.0 if self.weighting == "uniform" else regression_weights(log_prob, guess)
             spread = action_spread(self.critic, encoded_q, self.actor.action_dim)
             # Kept where the prediction can follow: near the noise a gradient of log p1 counts (sigma / alpha)^2 times, and a
             # few targets made of gradients alone would outweigh all others.

@@ -51,7 +51,8 @@ class FlowPolicy(BoundedPolicy):
     :param path: Probability path of the flow
     :param source: Where the flow starts: ``"gaussian"``, a ``torch.distributions`` distribution or a
         :class:`~sb3_rfm.sources.Source`
-    :param sampler: ``"ode"``, ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
+    :param sampler: ``"ode"`` (steps of second order, shorter towards the data), ``"euler"`` (even steps of first order, as in
+        the papers), ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
     :param integration_steps: Steps from noise to action
     :param n_particles: Particles of which the deterministic policy takes the best
     :param n_exploration_particles: Particles to choose among when exploring

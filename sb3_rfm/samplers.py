@@ -5,20 +5,20 @@ Four ways to draw from p1, with times that run from noise (t = 0) to data (t = 1
 - :func:`integrate_ode` follows any velocity ``v(x, t)``;
 - :func:`integrate_sde` follows a velocity and a score, for any source: the marginals of ``dx = v dt`` are also those of
   ``dx = (v + d^2/2 grad log p_t) dt + d dW``, whatever the diffusion ``d(t)``;
-- :func:`denoise` follows a *data* prediction ``E[x_1 | x_t]`` of any path; as every step is a convex-like combination of
-  the state and the prediction, a bounded prediction cannot make it diverge. Its ODE goes with any source, its SDE with the
-  standard Gaussian;
+- :func:`denoise` follows a *data* prediction ``E[x_1 | x_t]`` of any path; as every step is a combination of the state and
+  predictions, bounded predictions cannot make it diverge. Its ODE goes with any source, its SDE with the standard Gaussian;
 - :func:`langevin` follows a score at one fixed noise level.
 
-Sources: Song et al., DDIM (arXiv 2010.02502), eq. 12; Song et al., score SDEs (arXiv 2011.13456); Albergo et al., Stochastic
-interpolants (arXiv 2303.08797), section 2.4, for the SDE of any source;
-Roberts & Tweedie (1996) for Langevin dynamics.
+Sources: Song et al., DDIM (arXiv 2010.02502), eq. 12; Lu et al., DPM-Solver++ (arXiv 2211.01095), algorithm 2; Song et al.,
+score SDEs (arXiv 2011.13456); Albergo et al., Stochastic interpolants (arXiv 2303.08797), section 2.4, for the SDE of any
+source; Roberts & Tweedie (1996) for Langevin dynamics.
 """
 
 import itertools
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +38,21 @@ def time_grid(n_steps: int, t_min: float = 0.0, t_max: float = 1.0, device: torc
     if not t_min < t_max:
         raise ValueError(f"Time runs from noise to data: expected t_min < t_max, got {t_min} and {t_max}.")
     return torch.linspace(t_min, t_max, n_steps + 1, device=device)
+
+
+def noise_grid(path: Path, n_steps: int) -> Tensor:
+    """``n_steps + 1`` times from 0 to 1 that get denser towards the data, where narrow distributions take their shape: after
+    i of n steps, the share ``sigma / (alpha + sigma)`` of the noise has gone down by ``(1 - i / n)^2`` of its whole way.
+
+    :param path: The probability path
+    :raises ValueError: unless ``n_steps >= 1``
+    """
+    remaining = (1 - time_grid(n_steps).double()) ** 2
+    fine = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    alpha, sigma = path.alpha(fine), path.sigma(fine)
+    share = sigma / (alpha + sigma)
+    remaining_at = (share - share[-1]) / (share[0] - share[-1])  # from 1 down to 0
+    return torch.from_numpy(np.interp(-remaining, -remaining_at, fine)).float()
 
 
 def integrate_ode(velocity: Field, x: Tensor, times: Tensor, method: Literal["euler", "midpoint", "heun"] = "euler") -> Tensor:
@@ -98,11 +113,15 @@ def denoise(
     path: Path,
     noise_scale: float = 0.0,
     generator: torch.Generator | None = None,
+    order: Literal[1, 2] = 2,
 ) -> Tensor:
     """Carry noise to data with a data prediction; one sampler for the ODE and the reverse SDE.
 
     Each step splits the state into predicted data and noise, ``x = alpha mu_1 + sigma mu_0``, and puts it together again
-    at the next time, with a part of the noise drawn afresh. On the conditional-OT path the ODE step is exactly Euler's.
+    at the next time, with a part of the noise drawn afresh. On the conditional-OT path the ODE step of first order is exactly
+    Euler's. That of second order (DPM-Solver++ 2M) takes for ``mu_1`` what the line through the last two predictions says in
+    the middle of the step, in terms of ``log(alpha / sigma)``; it asks for no more predictions. A step from pure noise or to
+    pure data is of first order.
 
     :param data_prediction: ``mu_1(x, t) = E[x_1 | x_t = x]``
     :param x: State at ``times[0]``, (B, ..., D)
@@ -112,23 +131,40 @@ def denoise(
     :param noise_scale: 0 → probability-flow ODE (DDIM), 1 → reverse SDE (DDPM's posterior variance); above 0 for the standard
         Gaussian source only, of which the fresh noise is (others: :func:`integrate_sde`)
     :param generator: Source of the fresh noise
+    :param order: Order of a step, 1 or 2
     :return: State at ``times[-1]``, (B, ..., D)
-    :raises ValueError: for a ``noise_scale`` outside [0, 1], for times that do not increase, or a prediction of another shape
-        than ``x``
+    :raises ValueError: for a ``noise_scale`` outside [0, 1], another ``order``, times that do not increase, or a prediction of
+        another shape than ``x``
     """
     if not 0 <= noise_scale <= 1:
         raise ValueError(f"noise_scale must be from 0 (ODE) to 1 (reverse SDE), got {noise_scale}.")
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order}.")
     _check_times(times)
-    return denoise_unchecked(data_prediction, x, times, path, noise_scale, generator)
+    return denoise_unchecked(data_prediction, x, times, path, noise_scale, generator, order)
 
 
 def denoise_unchecked(
-    data_prediction: Field, x: Tensor, times: Tensor, path: Path, noise_scale: float, generator: torch.Generator | None
+    data_prediction: Field,
+    x: Tensor,
+    times: Tensor,
+    path: Path,
+    noise_scale: float = 0.0,
+    generator: torch.Generator | None = None,
+    order: Literal[1, 2] = 2,
 ) -> Tensor:
     """The function behind :func:`denoise`, which looks at no number and can be compiled; the parameters are the same."""
     alpha, sigma = path.alpha(times), path.sigma(times)
+    log_ratio = (alpha / sigma).log()
+    step = log_ratio.diff()
+    ahead = 0.5 * step[1:] / step[:-1]  # from the last prediction to the middle of the step, over the way from the one before
+    ahead = torch.where(torch.isfinite(ahead), ahead, 0.0)
+    previous = x
     for i in range(len(times) - 1):
-        x_1 = _of_shape("data_prediction", data_prediction(x, times[i]), x)
+        x_1 = prediction = _of_shape("data_prediction", data_prediction(x, times[i]), x)
+        if order == 2 and i > 0:
+            x_1 = prediction + ahead[i - 1] * (prediction - previous)
+        previous = prediction
         x_0 = (x - alpha[i] * x_1) / sigma[i]
         if noise_scale == 0:
             x = alpha[i + 1] * x_1 + sigma[i + 1] * x_0

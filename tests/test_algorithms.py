@@ -338,7 +338,7 @@ def test_the_target_critic_follows_replaced_parameters() -> None:
 
 
 @pytest.mark.parametrize("path", ["cond_ot", "cosine"])
-@pytest.mark.parametrize("sampler", ["ode", "sde", "langevin"])
+@pytest.mark.parametrize("sampler", ["ode", "euler", "sde", "langevin"])
 def test_sampling_starts_from_noise_whatever_the_first_training_time(sampler: str, path: str) -> None:
     """With the exact prediction for a Gaussian target, its mean and spread; a start at ``t_min`` without the target's share
     has a smaller mean."""
@@ -428,7 +428,7 @@ def test_the_deterministic_policy_is_a_function_of_the_observation(algorithm: ty
 
 
 @pytest.mark.parametrize("path", ["cond_ot", "cosine", "linear_vp", "ve"])
-@pytest.mark.parametrize("sampler", ["ode", "sde", "langevin"])
+@pytest.mark.parametrize("sampler", ["ode", "euler", "sde", "langevin"])
 def test_no_weights_can_make_the_flow_diverge(path: str, sampler: str) -> None:
     model = RFM("MlpPolicy", Spring(), **TINY, path=path, sampler=sampler)
     generator = th.Generator().manual_seed(0)

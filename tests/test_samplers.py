@@ -12,7 +12,7 @@ from torch.distributions import Laplace
 
 from sb3_rfm.paths import PATHS, CondOTPath, Path, get_path
 from sb3_rfm.posterior import PosteriorMeanEstimator
-from sb3_rfm.samplers import denoise, integrate_ode, integrate_sde, langevin, time_grid
+from sb3_rfm.samplers import denoise, integrate_ode, integrate_sde, langevin, noise_grid, time_grid
 
 MEAN, STD = 0.8, 0.5
 N = 20_000
@@ -108,8 +108,52 @@ def test_denoising_without_noise_is_euler_on_the_straight_path() -> None:
     path, times = CondOTPath(), time_grid(7, 0.01, 0.99).double()
     x = start(path, times)[:50]
     torch.testing.assert_close(
-        denoise(data_prediction(path), x, times, path), integrate_ode(velocity(path), x, times), rtol=1e-10, atol=1e-10
+        denoise(data_prediction(path), x, times, path, order=1),
+        integrate_ode(velocity(path), x, times),
+        rtol=1e-10,
+        atol=1e-10,
     )
+
+
+@pytest.mark.parametrize("name", sorted(PATHS))
+@pytest.mark.parametrize(("order", "factor"), [(1, 2.0), (2, 4.0)])
+def test_order_of_denoising(name: str, order: Any, factor: float) -> None:
+    """Halving the step divides the error by 2 or 4."""
+    path, x = get_path(name), torch.tensor([[-1.0], [2.0]], dtype=torch.float64)
+
+    def solve(n_steps: int) -> Tensor:
+        return denoise(data_prediction(path), x, time_grid(n_steps, 0.1, 0.9).double(), path, order=order)
+
+    exact = integrate_ode(velocity(path), x, time_grid(8000, 0.1, 0.9).double(), method="heun")
+    coarse, fine = ((solve(n) - exact).abs().max() for n in (300, 600))
+    assert float(coarse / fine) == pytest.approx(factor, rel=0.15)
+
+
+@pytest.mark.parametrize("name", sorted(PATHS))
+def test_a_noise_grid_takes_the_noise_away_by_squares(name: str) -> None:
+    path, times = get_path(name), noise_grid(get_path(name), 5)
+    share = path.sigma(times) / (path.alpha(times) + path.sigma(times))
+    assert (times[0], times[-1]) == (0, 1)
+    remaining = (share - share[-1]) / (share[0] - share[-1])
+    torch.testing.assert_close(remaining, torch.tensor([1, 0.64, 0.36, 0.16, 0.04, 0]), rtol=0, atol=1e-3)
+    if name == "cond_ot":
+        torch.testing.assert_close(times, torch.tensor([0, 0.36, 0.64, 0.84, 0.96, 1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("std", [0.1, 0.3, 0.9])
+def test_five_steps_of_second_order_keep_the_spread(std: float) -> None:
+    """Of a Gaussian, where the exact data prediction is known; even steps of first order lose half of it and more."""
+    path = CondOTPath()
+
+    def exact(x: Tensor, t: Tensor) -> Tensor:
+        return t * std**2 / (t**2 * std**2 + (1 - t) ** 2) * x
+
+    def spread(times: Tensor, order: Any) -> float:
+        return float(denoise(exact, torch.ones(1, 1), times, path, order=order)) / std
+
+    assert 0.75 < spread(noise_grid(path, 5), 2) < 1.05
+    assert spread(noise_grid(path, 20), 2) == pytest.approx(1.0, abs=0.07)
+    assert spread(time_grid(5), 1) < 0.8
 
 
 def test_denoising_ends_at_the_last_prediction_and_stays_within_bounded_ones() -> None:
@@ -169,6 +213,8 @@ def test_bad_arguments_are_named() -> None:
         integrate_sde(lambda x, t: x, lambda x, t: x, torch.zeros(1, 1), time_grid(2).flip(0), lambda t: t)
     with pytest.raises(ValueError, match=r"noise_scale.*got 2.0"):
         denoise(lambda x, t: x, torch.zeros(1, 1), time_grid(2, 0.1, 0.9), CondOTPath(), noise_scale=2.0)
+    with pytest.raises(ValueError, match="order must be 1 or 2, got 3"):
+        denoise(lambda x, t: x, torch.zeros(1, 1), time_grid(2, 0.1, 0.9), CondOTPath(), order=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"increasing times, got \[1.0, 0.5, 0.0\]"):
         denoise(lambda x, t: x, torch.zeros(1, 1), time_grid(2).flip(0), CondOTPath())
 

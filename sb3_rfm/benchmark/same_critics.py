@@ -6,12 +6,13 @@ luck are then the same for all, and what is left is how well an actor follows cr
 
     python -m sb3_rfm.benchmark.same_critics --env HalfCheetah-v5 --actors rfm:policy sac --set rfm:policy.proposal=policy
 
+Draws from the Boltzmann policy itself, by Metropolis' rule, are the standard: what an actor without any error would do.
+
 A critic has been trained on actions of the leader, and is the surest about those. What it says of others' is not what they
 would return.
 """
 
 import argparse
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,10 +22,14 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
+from sb3_rfm.actors import boltzmann_log_prob, squash, unsquash
 from sb3_rfm.benchmark.suites import get_algorithm, get_setting, get_tasks, make_env, parse_overrides, short
 from sb3_rfm.benchmark.tables import Row, save
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.gradients import step
+
+N_DRAWS = 6
+"""Actions that are drawn from each actor at each state of a look."""
 
 
 class Follower(Protocol):
@@ -156,7 +161,8 @@ class Compare(BaseCallback):
 
         :param observations: Of replayed states, (B, ...)
         :return: For each actor, deterministic and drawn: the mean Q of both critics over the states, above that of the
-            leader's deterministic actions, in units of the temperature
+            leader's deterministic actions, in units of the temperature. For drawn actions also the standard deviation of
+            their latents at one state, in the mean over states and dimensions
         """
         critic, temperature = self.model.policy.critic, self.model.policy.temperature
         encoded = critic.encode(critic.features(observations))
@@ -164,26 +170,62 @@ class Compare(BaseCallback):
         def value(actions: Tensor) -> Tensor:
             return critic.q_values(encoded, actions).mean() / temperature
 
+        def log_prob(latents: Tensor) -> Tensor:
+            return boltzmann_log_prob(latents, critic.split_q(encoded, squash(latents)), temperature)
+
         actors: dict[str, Callable[[Tensor, bool], Tensor]] = {"leader": self.model.policy._predict}
         actors |= {label: follower.act for label, follower in self.followers.items()}
-        base = value(self.model.policy._predict(observations, deterministic=True))
-        return [
-            {"step": self.num_timesteps, "temperature": float(temperature), "actor": label}
-            | {"actions": "deterministic" if deterministic else "drawn"}
-            | {"advantage": float(value(act(observations, deterministic)) - base)}
-            for (label, act), deterministic in itertools.product(actors.items(), (True, False))
-        ]
+        best = {label: act(observations, True) for label, act in actors.items()}
+        drawn = {label: [act(observations, False) for _ in range(N_DRAWS)] for label, act in actors.items()}
+        drawn["boltzmann"] = [squash(draw) for draw in metropolis(log_prob, unsquash(best["leader"]), N_DRAWS)]
+        common = {"step": self.num_timesteps, "temperature": float(temperature)}
+        base = value(best["leader"])
+        rows: list[Row] = []
+        for label, draws in drawn.items():
+            if label in best:
+                advantage = float(value(best[label]) - base)
+                rows.append({**common, "actor": label, "actions": "deterministic", "advantage": advantage, "spread": 0.0})
+            advantage = float(torch.stack([value(actions) for actions in draws]).mean() - base)
+            spread = float(unsquash(torch.stack(draws)).std(0).mean())
+            rows.append({**common, "actor": label, "actions": "drawn", "advantage": advantage, "spread": spread})
+        return rows
+
+
+def metropolis(log_prob: Callable[[Tensor], Tensor], start: Tensor, n_draws: int, n_steps: int = 600) -> list[Tensor]:
+    """Draws from densities by random walks that Metropolis et al. (1953) accept or refuse.
+
+    :param log_prob: Log-densities up to constants, (B, D) → (B,)
+    :param start: (B, D)
+    :param n_draws: From the second half of the walks, at equal distances
+    :param n_steps: Length of a walk; its steps are of five sizes, half of them in some dimensions only
+    :return: (B, D) each
+    """
+    x, log_p, draws = start, log_prob(start), []
+    for i in range(n_steps):
+        step = (0.05, 0.1, 0.2, 0.4, 0.8)[i % 5] * torch.randn_like(x)
+        if i % 2:
+            step *= torch.rand_like(x) < 1 / 3
+        other = x + step
+        log_other = log_prob(other)
+        accepted = torch.rand_like(log_p) < (log_other - log_p).exp()
+        x, log_p = torch.where(accepted.unsqueeze(1), other, x), torch.where(accepted, log_other, log_p)
+        if i + 1 > n_steps // 2 and (n_steps - 1 - i) % (n_steps // 2 // n_draws) == 0:
+            draws.append(x)
+    return draws
 
 
 def summarise(rows: list[Row]) -> str:
-    """Markdown table of the advantages, each the mean over the second half of the looks."""
+    """Markdown table of the advantages and spreads, each the mean over the second half of the looks."""
     half = max(row["step"] for row in rows) / 2
-    lines = ["| actor | deterministic | drawn |", "|---|---|---|"]
+    lines = ["| actor | deterministic | drawn | spread |", "|---|---|---|---|"]
+
+    def cell(actor: str, actions: str, name: str, style: str) -> str:
+        own = [row[name] for row in rows if (row["actor"], row["actions"]) == (actor, actions) and row["step"] > half]
+        return format(sum(own) / len(own), style) if own else "–"
+
     for actor in dict.fromkeys(row["actor"] for row in rows):
-        cells = []
-        for kind in ("deterministic", "drawn"):
-            own = [r["advantage"] for r in rows if (r["actor"], r["actions"]) == (actor, kind) and r["step"] > half]
-            cells.append(f"{sum(own) / len(own):+.1f}")
+        cells = [cell(actor, actions, "advantage", "+.1f") for actions in ("deterministic", "drawn")]
+        cells.append(cell(actor, "drawn", "spread", ".2f"))
         lines.append(f"| {actor} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -90,7 +90,7 @@ def sample_candidate_params(
 def sample_qsm_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """Search space of QSM; see :func:`sample_flow_params`."""
     return sample_flow_params(trial, n_actions, n_envs, additional_args) | {
-        "sampler": trial.suggest_categorical("sampler", ["ode", "sde", "langevin"]),
+        "sampler": trial.suggest_categorical("sampler", ["ode", "euler", "sde", "langevin"]),
     }
 
 
