@@ -127,6 +127,7 @@ class FlowActor(BoundedPolicy):
     optimizer: th.optim.Optimizer
     network: ConditionalMLP
     times: Tensor
+    latent_spread: Tensor
 
     def __init__(
         self,
@@ -155,6 +156,7 @@ class FlowActor(BoundedPolicy):
         self.activation_fn = activation_fn
         self.action_dim = get_action_dim(action_space)
         self.time_embedding = TimeEmbedding()
+        self.register_buffer("latent_spread", th.tensor(LATENT_SPREAD))  # saved: weights are of no use with another
         self.network = ConditionalMLP(
             features_dim, self.action_dim, self.action_dim, net_arch, activation_fn, time_dim=self.time_embedding.dim
         )
@@ -211,9 +213,10 @@ class FlowActor(BoundedPolicy):
         :return: Shape of ``latents``
         """
         alpha, sigma = (expand_to(f(t), latents) for f in (self.probability_path.alpha, self.probability_path.sigma))
-        std = (alpha**2 * LATENT_SPREAD**2 + sigma**2).sqrt()  # of u_t
+        spread = self.latent_spread
+        std = (alpha**2 * spread**2 + sigma**2).sqrt()  # of u_t
         output = self.network.decode(self.network.at_time(encoded, self.time_embedding(t)), latents / std, reduced)
-        return alpha * (LATENT_SPREAD / std) ** 2 * latents + sigma * LATENT_SPREAD / std * output
+        return alpha * (spread / std) ** 2 * latents + sigma * spread / std * output
 
     def sample_latents(self, features: Tensor, noise: Tensor, deterministic: bool = False, reduced: bool = False) -> Tensor:
         """Carry noise to latents ``u_1`` along the flow.
@@ -241,7 +244,10 @@ class FlowActor(BoundedPolicy):
             x = langevin(lambda u: (alpha * data_prediction(u, t) - u) / sigma**2, x, 0.5 * sigma**2, n_steps=1)
             return data_prediction(x, t)
         noise_scale = 1.0 if self.sampler == "sde" and not deterministic else 0.0
-        return denoise_unchecked(data_prediction, x, times, path, noise_scale, order=1 if self.sampler == "euler" else 2)
+        x = denoise_unchecked(data_prediction, x, times, path, noise_scale, order=1 if self.sampler == "euler" else 2)
+        return x.clamp(
+            -LATENT_BOUND, LATENT_BOUND
+        )  # of second order, the last step of a path that ends with noise may overshoot
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._predict(obs, deterministic)

@@ -92,13 +92,13 @@ class FlowActorCritic(PersistentAlgorithm):
     :param sampler: ``"ode"`` (steps of second order, shorter towards the data), ``"euler"`` (even steps of first order, as in
         the papers), ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
     :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
-    :param proposal: Where the ``x_t`` of the regression come from: ``"replay"`` → noised replayed actions, ``"policy"`` →
-        noised actions of the current policy at replayed states
+    :param proposal: What is noised to the points ``x_t`` of the regression: ``"policy"`` → actions of the current policy at
+        the next states, which are drawn for the critic's target; ``"replay"`` → replayed actions, at their own states
     :param weighting: How much an error of the flow counts in each dimension: ``"uniform"`` → all the same, as in the papers;
         ``"gradient"`` → the more, the more Q changes in it, see :func:`~sb3_rfm.learner.regression_weights`
     :param n_particles: Particles drawn for a deterministic action, of which the one with the highest min Q is taken
     :param n_exploration_particles: Particles drawn when exploring, one of which is chosen with probability ∝ exp(min Q / λ)
-    :param n_target_particles: The same in the critic's target, and in ``proposal="policy"``
+    :param n_target_particles: The same at the next states, in the critic's target
     :param t_min: Training times lie in [t_min, 1 - t_min]
     :param max_grad_norm: Largest norm of a gradient of actor or critic; None for no clipping
     :param execution: How updates and actions are computed: ``"auto"``, ``"eager"``, ``"compile"`` or ``"cuda_graph"``; see

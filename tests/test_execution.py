@@ -275,7 +275,7 @@ MIXTURE = MixtureSameFamily(Categorical(torch.ones(2)), Normal(torch.tensor([-1.
                 "n_particles": 2,
                 "n_exploration_particles": 3,
                 "n_target_particles": 2,
-                "proposal": "policy",
+                "proposal": "replay",
             },
         ),
         (RFM, {"coefficient": "diagonal", "sampler": "sde", "path": "cosine"}),
@@ -365,7 +365,7 @@ class FakeGraph:
     [
         {"learning_rate": lambda remaining: 1e-3 * remaining},
         {
-            "proposal": "policy",
+            "proposal": "replay",
             "n_target_particles": 2,
             "n_exploration_particles": 2,
             "max_grad_norm": 0.1,

@@ -83,7 +83,7 @@ def test_recorded_updates_are_the_eager_ones(env: Any) -> None:
 @pytest.mark.filterwarnings("error:.*could not be")
 @pytest.mark.parametrize("algorithm", [RFM, QNE, DQS, QSM])
 def test_updates_are_compiled_recorded_and_wait_for_nothing(algorithm: type[FlowActorCritic]) -> None:
-    model = make(algorithm, max_grad_norm=1.0, proposal="policy", n_target_particles=2)
+    model = make(algorithm, max_grad_norm=1.0, proposal="replay", n_target_particles=2)
     model.learn(40)
     assert isinstance(model._learner.run_update, Recorded)
     assert len(model._learner.run_update.recordings) == 1

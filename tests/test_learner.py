@@ -256,9 +256,9 @@ def test_a_shared_extractor_sees_an_observation_once(share: bool, proposal: str,
 
 def test_what_is_settled_stays_when_updates_are_run_another_way() -> None:
     model = make()
-    model.proposal, model.n_target_particles = "policy", 32
+    model.proposal, model.n_target_particles = "replay", 32
     model._prepare_functions(model._learner.executor)
-    assert (model._learner.proposal, model._learner.n_target_particles) == ("replay", TINY["n_target_particles"])
+    assert (model._learner.proposal, model._learner.n_target_particles) == ("policy", TINY["n_target_particles"])
 
 
 def test_metrics_outlive_another_way_of_running_updates(monkeypatch: pytest.MonkeyPatch) -> None:

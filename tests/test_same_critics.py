@@ -26,15 +26,16 @@ def test_followers_learn_the_boltzmann_policy_of_the_leaders_critics(label: str,
 
     for name in ("split_q", "min_q"):
         object.__setattr__(leader.policy.critic, name, q)
-    follower = same_critics.make_follower(leader, label, {"learning_rate": 3e-3})
+    follower = same_critics.make_follower(leader, label, {"learning_rate": 2e-3})
     acted = [parameter.clone() for parameter in leader.policy.parameters()]
     assert leader.replay_buffer is not None
-    for _ in range(400):
+    for _ in range(800):
         follower.train(leader.replay_buffer.sample(256))
     observations = leader.replay_buffer.sample(512).observations
     assert (follower.act(observations, deterministic=True) - 0.5).abs().mean() < tolerance
-    if label in ("rfm", "sac"):
-        assert follower.act(observations, deterministic=False).std(0).mean() == pytest.approx(0.1, rel=0.15)
+    if label != "dqs":
+        drawn = th.stack([follower.act(observations, deterministic=False) for _ in range(8)])
+        assert drawn.std(0).mean().item() == pytest.approx(0.1, rel=0.15)
     assert all(th.equal(now, before) for now, before in zip(leader.policy.parameters(), acted, strict=True))
 
 
@@ -92,11 +93,14 @@ def test_the_summary_is_of_the_second_half() -> None:
         for actions in ("deterministic", "drawn")
     ]
     rows += [row | {"actor": "boltzmann"} for row in rows if row["actions"] == "drawn"]
-    assert same_critics.summarise(rows).splitlines()[-2:] == ["| sac | +3.0 | +3.0 | 0.30 |", "| boltzmann | – | +3.0 | 0.30 |"]
+    assert same_critics.summarise(rows).splitlines()[-2:] == [
+        "| sac | +3.0 | +3.0 | 0.30 |",
+        "| boltzmann | – | +3.0 | 0.30 |",
+    ]
 
 
 def test_the_comparison_from_the_command_line(tmp_path: Path) -> None:
-    arguments = ["--env", "Pendulum-v1", "--actors", "rfm", "rfm:wide", "sac", "--set", "rfm:wide.proposal=policy"]
+    arguments = ["--env", "Pendulum-v1", "--actors", "rfm", "rfm:wide", "sac", "--set", "rfm:wide.proposal=replay"]
     rows = same_critics.main([*arguments, "--steps", "140", "--every", "20", "--states", "32", "--out", str(tmp_path)])
     assert len(rows) == 2 * (4 * 2 + 1) and all(math.isfinite(row["advantage"]) for row in rows)
     assert all(row["advantage"] == 0 for row in rows if (row["actor"], row["actions"]) == ("leader", "deterministic"))

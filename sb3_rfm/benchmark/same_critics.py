@@ -4,7 +4,7 @@ An agent learns as usual, the *leader*. Other actors follow its critics and its 
 the leader's, on a batch of the leader's replay buffer, and never acts in the environment. Exploration, data and the critics'
 luck are then the same for all, and what is left is how well an actor follows critics that keep changing.
 
-    python -m sb3_rfm.benchmark.same_critics --env HalfCheetah-v5 --actors rfm:policy sac --set rfm:policy.proposal=policy
+    python -m sb3_rfm.benchmark.same_critics --env HalfCheetah-v5 --actors rfm:replay sac --set rfm:replay.proposal=replay
 
 Draws from the Boltzmann policy itself, by Metropolis' rule, are the standard: what an actor without any error would do.
 

@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "temperature": 0.02,
         "n_candidates": 100,
         "integration_steps": 10,
-        "proposal": "policy",
+        "sampler": "euler",
         **_PAPER_PARTICLES,
         "max_grad_norm": 10.0,
         "policy_kwargs": {"net_arch": {"pi": [256, 256, 256], "qf": [256, 256]}, "layer_norm": False},
@@ -73,6 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "temperature": 0.02,
         "n_candidates": 500,
         "integration_steps": 20,
+        "sampler": "euler",
         "n_particles": 32,
     },
     "dqs:paper": {
@@ -81,6 +82,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "temperature": 0.05,
         "n_candidates": 1000,
         "integration_steps": 20,
+        "sampler": "euler",
     },
     "qsm:paper": {
         **_PAPER_FLOW,
