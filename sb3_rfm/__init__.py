@@ -7,6 +7,6 @@ from sb3_rfm.qsm import QSM
 from sb3_rfm.rewindable import Rewindable
 from sb3_rfm.rfm import RFM
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["DQS", "QNE", "QSM", "RFM", "Rewindable", "RunCheckpoint", "__version__"]

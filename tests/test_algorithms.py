@@ -364,7 +364,8 @@ def test_sampling_starts_from_noise_whatever_the_first_training_time(sampler: st
 def test_every_draw_of_noise_comes_from_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     """Acting, the critic's target and x_t, by Kolmogorov and Smirnov's test against SciPy's distribution."""
     drawn: dict[str, Tensor] = {}
-    model = RFM("MlpPolicy", Spring(), **(TINY | {"batch_size": 2_000, "learning_starts": 50}), source=Laplace(0.5, 1.0))
+    arguments = TINY | {"batch_size": 2_000, "learning_starts": 50, "proposal": "replay"}
+    model = RFM("MlpPolicy", Spring(), **arguments, source=Laplace(0.5, 1.0))
     model.learn(50)
     sample_latents, posterior_mean = model.actor.sample_latents, model._learner.posterior_mean
 
