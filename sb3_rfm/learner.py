@@ -203,11 +203,11 @@ class Learner:
         return differentiate(loss, self.actor.network, actor_features, metrics)
 
     def critic_loss(self, features: Tensor, actions: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the critics against ``r + discount * min_i Q'_i(s', a')``, with a' from the policy.
+        """Squared error of the critics against their targets.
 
         :param features: Critic features of the observations, (B, F)
         :param actions: (B, D), in [-1, 1]
-        :param targets: (B,)
+        :param targets: ``r + discount * min_i Q'_i(s', a')``, with a' from the policy, (B,)
         :return: Scalar loss, in squared units of ``critic.scale``, and metrics
         """
         q = self.critic.q_values(self.critic.encode(features), actions)
