@@ -51,6 +51,11 @@ def unsquash(actions: Tensor) -> Tensor:
     return th.atanh(actions.clamp(-limit, limit))
 
 
+def clip(latents: Tensor) -> Tensor:
+    """Latents in the range of what is drawn."""
+    return latents.clamp(-LATENT_BOUND, LATENT_BOUND)
+
+
 def log_sech2(u: Tensor) -> Tensor:
     """``log(1 - tanh(u)^2)`` without cancellation."""
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
@@ -231,7 +236,7 @@ class FlowActor(BoundedPolicy):
         times = self.times
 
         def data_prediction(x: Tensor, t: Tensor) -> Tensor:
-            return self.predict_data(encoded, x, t.clamp(min=self.t_min), reduced).clamp(-LATENT_BOUND, LATENT_BOUND)
+            return clip(self.predict_data(encoded, x, t.clamp(min=self.t_min), reduced))
 
         path = self.probability_path
         x = path.sigma(times[0]) * noise
@@ -245,9 +250,7 @@ class FlowActor(BoundedPolicy):
             return data_prediction(x, t)
         noise_scale = 1.0 if self.sampler == "sde" and not deterministic else 0.0
         x = denoise_unchecked(data_prediction, x, times, path, noise_scale, order=1 if self.sampler == "euler" else 2)
-        return x.clamp(
-            -LATENT_BOUND, LATENT_BOUND
-        )  # of second order, the last step of a path that ends with noise may overshoot
+        return clip(x)  # of second order, the last step of a path that ends with noise may overshoot
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._predict(obs, deterministic)

@@ -151,7 +151,8 @@ def test_the_estimator_benchmark_on_a_trained_critic(tmp_path: Path, monkeypatch
     assert len((tmp_path / "race.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
     assert "| guess, antithetic | 8 |" in (tmp_path / "race.txt").read_text()
     rounded = estimator.main([*arguments, "--rounding"])
-    assert all(0 < row["squared difference"] < row["mse"] for row in rounded)
+    # In single cells of eight states, rounding may tip a fitted coefficient.
+    assert 0 < sum(row["squared difference"] for row in rounded) < 0.1 * sum(row["mse"] for row in rounded)
     assert "| 32 |" in (tmp_path / "rounding.txt").read_text()
 
 
