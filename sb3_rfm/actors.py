@@ -51,7 +51,7 @@ def unsquash(actions: Tensor) -> Tensor:
     return th.atanh(actions.clamp(-limit, limit))
 
 
-def clip(latents: Tensor) -> Tensor:
+def clip_latents(latents: Tensor) -> Tensor:
     """Latents in the range of what is drawn."""
     return latents.clamp(-LATENT_BOUND, LATENT_BOUND)
 
@@ -123,7 +123,8 @@ class FlowActor(BoundedPolicy):
     :param path: Probability path of the flow
     :param source: Where the flow starts
     :param sampler: ``"ode"`` (steps of second order, shorter towards the data), ``"euler"`` (even steps of first order, as in
-        the papers), ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
+        the papers), ``"sde"`` (reverse diffusion, in steps as those of ``"ode"``) or ``"langevin"`` (the ODE, and a Langevin
+        step near its end)
     :param integration_steps: Steps from noise to action, one evaluation of the network each; Langevin dynamics take one more
     :param t_min: First time for which the flow is trained
     """
@@ -236,7 +237,7 @@ class FlowActor(BoundedPolicy):
         times = self.times
 
         def data_prediction(x: Tensor, t: Tensor) -> Tensor:
-            return clip(self.predict_data(encoded, x, t.clamp(min=self.t_min), reduced))
+            return clip_latents(self.predict_data(encoded, x, t.clamp(min=self.t_min), reduced))
 
         path = self.probability_path
         x = path.sigma(times[0]) * noise
@@ -250,7 +251,7 @@ class FlowActor(BoundedPolicy):
             return data_prediction(x, t)
         noise_scale = 1.0 if self.sampler == "sde" and not deterministic else 0.0
         x = denoise_unchecked(data_prediction, x, times, path, noise_scale, order=1 if self.sampler == "euler" else 2)
-        return clip(x)  # of second order, the last step of a path that ends with noise may overshoot
+        return clip_latents(x)  # of second order, the last step of a path that ends with noise may overshoot
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
         return self._predict(obs, deterministic)

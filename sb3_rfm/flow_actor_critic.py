@@ -90,7 +90,8 @@ class FlowActorCritic(PersistentAlgorithm):
     :param source: Where the flow starts: ``"gaussian"``, a ``torch.distributions`` distribution on R^D or a
         :class:`~sb3_rfm.sources.Source`; another than the Gaussian goes with ``"ode"`` and ``"euler"`` alone
     :param sampler: ``"ode"`` (steps of second order, shorter towards the data), ``"euler"`` (even steps of first order, as in
-        the papers), ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
+        the papers), ``"sde"`` (reverse diffusion, in steps as those of ``"ode"``) or ``"langevin"`` (the ODE, and a Langevin
+        step near its end)
     :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
     :param proposal: What is noised to the points ``x_t`` of the regression: ``"policy"`` → actions of the current policy at
         the next states, which are drawn for the critic's target; ``"replay"`` → replayed actions, at their own states

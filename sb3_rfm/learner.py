@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch as th
 from torch import Tensor
 
-from sb3_rfm.actors import boltzmann_log_prob, clip, squash, unsquash
+from sb3_rfm.actors import boltzmann_log_prob, clip_latents, squash, unsquash
 from sb3_rfm.critics import QCritic
 from sb3_rfm.execution import Executor
 from sb3_rfm.gradients import Gradients, differentiate, step, train_extractors, trained
@@ -165,7 +165,7 @@ class Learner:
         """
         on_policy = self.proposal == "policy"
         if on_policy:
-            critic_features = self.policy.critic_features(observations)
+            critic_features = self.critic.features(observations)
             actor_features, value_features = self.policy.features(next_observations)
             next_actor_features = actor_features.detach()
         else:
@@ -234,13 +234,13 @@ class Learner:
             return boltzmann_log_prob(u, q, self.policy.temperature)
 
         with th.no_grad():
-            guess = clip(prediction.detach())
+            guess = clip_latents(prediction.detach())
             posterior = self.posterior_mean(log_prob, x_t, t, guess)
             error_weights = 1.0 if self.weighting == "uniform" else regression_weights(log_prob, guess)
             spread = action_spread(self.critic, encoded_q, self.actor.action_dim)
             # Kept where the prediction can follow: near the noise a gradient of log p1 counts (sigma / alpha)^2 times, and a
             # few targets made of gradients alone would outweigh all others.
-            target = clip(posterior.x1)
+            target = clip_latents(posterior.x1)
         loss = (error_weights * (prediction - target).square()).sum(-1).mean()
         return loss, {
             "actor_loss": loss.detach(),

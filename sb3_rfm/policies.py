@@ -52,7 +52,8 @@ class FlowPolicy(BoundedPolicy):
     :param source: Where the flow starts: ``"gaussian"``, a ``torch.distributions`` distribution or a
         :class:`~sb3_rfm.sources.Source`
     :param sampler: ``"ode"`` (steps of second order, shorter towards the data), ``"euler"`` (even steps of first order, as in
-        the papers), ``"sde"`` (reverse diffusion) or ``"langevin"`` (the ODE, and a Langevin step near its end)
+        the papers), ``"sde"`` (reverse diffusion, in steps as those of ``"ode"``) or ``"langevin"`` (the ODE, and a Langevin
+        step near its end)
     :param integration_steps: Steps from noise to action
     :param n_particles: Particles of which the deterministic policy takes the best
     :param n_exploration_particles: Particles to choose among when exploring
@@ -228,10 +229,6 @@ class FlowPolicy(BoundedPolicy):
         """Features of actor and critic, (B, F) each. A shared extractor is asked once, and trained by the actor alone."""
         actor_features = self.actor.features(observation)
         return actor_features, actor_features.detach() if self.share_features_extractor else self.critic.features(observation)
-
-    def critic_features(self, observation: PyTorchObs) -> Tensor:
-        """Those of the critic alone, (B, F)."""
-        return self.features(observation)[1] if self.share_features_extractor else self.critic.features(observation)
 
     def acting_features(self, observation: PyTorchObs, n_particles: int) -> tuple[Tensor, Tensor | None]:
         """Features of the actor, and of the critic where it is to choose among particles, (B, F) each."""

@@ -44,7 +44,11 @@ def noise_grid(path: Path, n_steps: int) -> Tensor:
     """``n_steps + 1`` times from 0 to 1 that get denser towards the data, where narrow distributions take their shape: after
     i of n steps, the share ``sigma / (alpha + sigma)`` of the noise has gone down by ``(1 - i / n)^2`` of its whole way.
 
-    :param path: The probability path
+    It is this library's, after Karras et al. (arXiv 2206.00364), eq. 5.
+
+    :param path: The probability path, on which that share falls
+    :param n_steps: n
+    :return: Times, (n_steps + 1,)
     :raises ValueError: unless ``n_steps >= 1``
     """
     remaining = (1 - time_grid(n_steps).double()) ** 2
@@ -155,11 +159,7 @@ def denoise_unchecked(
 ) -> Tensor:
     """The function behind :func:`denoise`, which looks at no number and can be compiled; the parameters are the same."""
     alpha, sigma = path.alpha(times), path.sigma(times)
-    log_ratio = (alpha / sigma).log()
-    step = log_ratio.diff()
-    ahead = 0.5 * step[1:] / step[:-1]  # from the last prediction to the middle of the step, over the way from the one before
-    ahead = torch.where(torch.isfinite(ahead), ahead, 0.0)
-    previous = x
+    previous, ahead = x, _way_ahead(alpha, sigma)
     for i in range(len(times) - 1):
         x_1 = prediction = _of_shape("data_prediction", data_prediction(x, times[i]), x)
         if order == 2 and i > 0:
@@ -176,6 +176,19 @@ def denoise_unchecked(
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
         x = alpha[i + 1] * x_1 + kept * x_0 + fresh * noise
     return x
+
+
+def _way_ahead(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """How far the middle of a step lies behind its beginning, in terms of ``log(alpha / sigma)``, over the length of the step
+    before; 0 where either step has a pure end, which is infinitely far.
+
+    :param alpha: At the times of a grid, (N + 1,)
+    :param sigma: (N + 1,)
+    :return: For each step but the first, (N - 1,)
+    """
+    mixed = (alpha > 0) & (sigma > 0)
+    step = (torch.where(mixed, alpha, 1.0).log() - torch.where(mixed, sigma, 1.0).log()).diff()
+    return torch.where(mixed[:-2] & mixed[2:], 0.5 * step[1:] / step[:-1], 0.0)
 
 
 def langevin(

@@ -176,7 +176,31 @@ def test_the_weights_are_those_of_the_regression(weighting: str, factor: float, 
     assert loss.item() == pytest.approx(factor)
 
 
-def test_targets_are_kept_within_the_range_of_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_untrained_network_predicts_the_mean_of_the_gaussian_it_is_preconditioned_for() -> None:
+    """u_1 ~ N(0, 0.5^2) given u_t; what the network adds to that vanishes with the noise."""
+    for path in ("cond_ot", "cosine", "linear_vp", "ve"):
+        actor, latents, t = make(path=path).actor, th.randn(2_000, 1), th.linspace(0.01, 0.99, 2_000)
+        encoded = actor.network.encode(th.randn(2_000, 3))
+        alpha, sigma = (f(t).unsqueeze(1) for f in (actor.probability_path.alpha, actor.probability_path.sigma))
+        expected = alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * latents
+        added = (actor.predict_data(encoded, latents, t) - expected).abs()
+        assert added.max() > 0.01 and (added <= 2 * sigma).all()
+        th.nn.init.zeros_(actor.network.output_layer.weight)
+        th.nn.init.zeros_(actor.network.output_layer.bias)
+        th.testing.assert_close(actor.predict_data(encoded, latents, t), expected)
+
+
+@pytest.mark.parametrize("prediction", [-100.0, 0.5, 100.0])
+def test_the_guess_is_kept_within_the_range_of_what_is_drawn(prediction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    monkeypatch.setattr(model.actor, "predict_data", lambda encoded, latents, t: th.full_like(latents, prediction))
+    target, guesses = model._learner.posterior_mean, []
+    monkeypatch.setattr(model._learner, "posterior_mean", lambda *args: guesses.append(args[-1]) or target(*args))
+    model._learner.actor_loss(th.randn(8, 3), th.randn(8, 3), th.zeros(8, 1))
+    assert (guesses[0] == max(-4.0, min(prediction, 4.0))).all()
+
+
+def test_targets_are_kept_within_the_range_of_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     monkeypatch.setattr(model.actor, "predict_data", lambda encoded, latents, t: th.zeros_like(latents))
     target = model._learner.posterior_mean

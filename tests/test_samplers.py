@@ -142,7 +142,7 @@ def test_a_noise_grid_takes_the_noise_away_by_squares(name: str) -> None:
 
 @pytest.mark.parametrize("std", [0.1, 0.3, 0.9])
 def test_five_steps_of_second_order_keep_the_spread(std: float) -> None:
-    """Of a Gaussian, where the exact data prediction is known; even steps of first order lose half of it and more."""
+    """Of a Gaussian, where the exact data prediction is known; even steps of first order lose a fifth and more."""
     path = CondOTPath()
 
     def exact(x: Tensor, t: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sb3_rfm.actors import LATENT_SCALE, boltzmann_log_prob, clip, squash, unsquash
+from sb3_rfm.actors import LATENT_SCALE, boltzmann_log_prob, clip_latents, squash, unsquash
 from sb3_rfm.benchmark.densities import PATH, temperatures
 from sb3_rfm.benchmark.estimator_errors import KINDS, PLAIN, plain_curves, worth
 from sb3_rfm.benchmark.tables import Row
@@ -39,7 +39,7 @@ class Replayed:
     @torch.no_grad()
     def guess(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The flow's own prediction, (B, D)."""
-        return clip(self.model.actor.predict_data(self.encoded_actor, x_t, t))
+        return clip_latents(self.model.actor.predict_data(self.encoded_actor, x_t, t))
 
     def log_prob(self, u: Tensor, temperature: float, reduced: bool = False) -> Tensor:
         """Log-density of the Boltzmann policy, (B, K, D) → (B, K).

@@ -201,6 +201,7 @@ def metropolis(log_prob: Callable[[Tensor], Tensor], start: Tensor, n_draws: int
     :return: (B, D) each
     """
     x, log_p, draws = start, log_prob(start), []
+    kept = {n_steps - 1 - k * (n_steps // 2 // n_draws) for k in range(n_draws)}
     for i in range(n_steps):
         step = (0.05, 0.1, 0.2, 0.4, 0.8)[i % 5] * torch.randn_like(x)
         if i % 2:
@@ -209,7 +210,7 @@ def metropolis(log_prob: Callable[[Tensor], Tensor], start: Tensor, n_draws: int
         log_other = log_prob(other)
         accepted = torch.rand_like(log_p) < (log_other - log_p).exp()
         x, log_p = torch.where(accepted.unsqueeze(1), other, x), torch.where(accepted, log_other, log_p)
-        if i + 1 > n_steps // 2 and (n_steps - 1 - i) % (n_steps // 2 // n_draws) == 0:
+        if i in kept:
             draws.append(x)
     return draws
 
