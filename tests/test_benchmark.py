@@ -25,7 +25,8 @@ from sb3_rfm import RFM
 from sb3_rfm.benchmark import cases, cost, figures, records, report, speed, statistics
 from sb3_rfm.benchmark.__main__ import main, make_parser, planned
 from sb3_rfm.benchmark.cases import Sizes
-from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, find_runs, git_commit, write_atomic
+from sb3_rfm.benchmark.files import replacing, write_text
+from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, find_runs, git_commit
 from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.runner import LocalEngine, Sweep, plan
 from sb3_rfm.benchmark.suites import DMC8, SETTINGS, get_algorithm, get_setting, get_tasks, make_env, parse_overrides
@@ -286,8 +287,18 @@ def test_files_are_written_by_several_machines(tmp_path: Path, monkeypatch: pyte
     names: set[Path] = set()
     monkeypatch.setattr(Path, "replace", lambda temporary, file: names.add(temporary))
     for _ in range(2):
-        write_atomic(tmp_path / "file", "text")
+        write_text(tmp_path / "file", "text")
     assert len(names) == 2
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "curves.png"
+    file.write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(file) as temporary:
+        temporary.write_text("half of the n")
+        1 / 0  # noqa: B018
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_run_that_another_process_does_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,7 +523,7 @@ def test_commits_are_counted_one_by_one(tmp_path: Path) -> None:
         add_run(tmp_path, "rfm", {0: 0.0, 100: 1.0}, seed=seed)
     for folder, commits in zip(find_runs(tmp_path), (["a"], ["a", "b"], ["b"]), strict=True):
         starts = [{"at": "2026-01-01T00:00:00+00:00", "commit": commit} for commit in commits]
-        write_atomic(folder.path / "config.json", json.dumps(folder.config | {"starts": starts}))
+        write_text(folder.path / "config.json", json.dumps(folder.config | {"starts": starts}))
     assert "The runs of rfm were made at 2 commits." in write_report(tmp_path)
 
 

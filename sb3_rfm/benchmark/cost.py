@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from sb3_rfm import RFM
 from sb3_rfm.benchmark.cases import LONG_RUN, Sizes, StopAfter, build
 from sb3_rfm.benchmark.figures import COLORS, tidy
-from sb3_rfm.benchmark.records import write_json
+from sb3_rfm.benchmark.files import write_figure, write_json
 from sb3_rfm.benchmark.speed import Conditions, seconds_per_call
 
 AXES: dict[str, tuple[str, list[int]]] = {
@@ -185,4 +185,4 @@ def write(out: Path, setup: dict[str, Any], points: list[Point]) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "cost_curves.json", setup | {"points": [asdict(point) | {"ratio": point.ratio} for point in points]})
-    plot(points).savefig(out / "cost_curves.png", dpi=150)
+    write_figure(out / "cost_curves.png", plot(points))

@@ -24,6 +24,7 @@ from pathlib import Path
 from sb3_rfm.benchmark.densities import Density, densities, trained_critics, trained_model
 from sb3_rfm.benchmark.estimator_errors import KINDS, LINE, NEGLIGIBLE, PLAIN, equivalent, measure
 from sb3_rfm.benchmark.estimator_in_use import race, rounding
+from sb3_rfm.benchmark.files import write_figure, write_text
 from sb3_rfm.benchmark.tables import Row, save, write_csv
 from sb3_rfm.execution import keep_freed_memory
 
@@ -115,7 +116,7 @@ def plot_errors(file: Path, rows: list[Row], n: int) -> None:
     figure.supylabel(f"relative squared error, K = {n}", fontsize=9)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels) if columns > 2 else 3, fontsize=8)
-    figure.savefig(file, dpi=130)
+    write_figure(file, figure, dpi=130)
     plt.close(figure)
 
 
@@ -200,11 +201,11 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         rows = [row for row in read_csv(args.output / "errors.csv") if row["density"] not in new] + rows
     write_csv(args.output / "errors.csv", rows)
     tables = [summarise(rows)]
-    (args.output / "rules.txt").write_text(tables[0])
+    write_text(args.output / "rules.txt", tables[0])
     if equivalents := equivalent(rows):
         write_csv(args.output / "equivalence.csv", equivalents)
         tables.append(summarise_equivalents(equivalents))
-        (args.output / "equivalence.txt").write_text(tables[-1] + "\n")
+        write_text(args.output / "equivalence.txt", tables[-1] + "\n")
     print("\n" + "\n".join(tables))
     plot_errors(args.output / "errors.png", rows, 16 if 16 in args.candidates else min(args.candidates))
     return rows

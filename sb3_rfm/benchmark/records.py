@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import subprocess
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -27,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from sb3_rfm.benchmark.files import read_json, write_json, write_text
 
 PACKAGES = ("sb3_rfm", "torch", "numpy", "gymnasium", "stable_baselines3", "sb3_contrib", "mujoco", "dm_control", "shimmy")
 
@@ -76,34 +77,6 @@ class Evaluation:
     @property
     def mean(self) -> float:
         return sum(self.returns) / len(self.returns)
-
-
-def write_atomic(file: Path, text: str) -> None:
-    """Replace ``file`` by one with the content ``text``; nobody ever sees a part of it."""
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # process numbers are not unique across machines
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())  # a machine that crashes may otherwise keep the new name without the content
-    temporary.replace(file)
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write ``content``; what is not JSON is written as its ``repr``."""
-    write_atomic(file, json.dumps(content, indent=2, default=repr) + "\n")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Content of a JSON file; empty if there is none.
-
-    :raises ValueError: if it is damaged
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}.") from error
 
 
 class RunFolder:
@@ -218,7 +191,7 @@ class RunFolder:
         for e in evaluations:
             numbers = [f"{e.wall_clock:.1f}", f"{e.training_seconds:.1f}", f"{e.mean:.9g}", *(f"{r:.9g}" for r in e.returns)]
             lines.append(",".join([str(e.step), *numbers]))
-        write_atomic(self.path / "evaluations.csv", "\n".join(lines) + "\n")
+        write_text(self.path / "evaluations.csv", "\n".join(lines) + "\n")
 
 
 def find_runs(root: Path) -> Iterator[RunFolder]:

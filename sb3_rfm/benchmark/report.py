@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from sb3_rfm.benchmark import figures, statistics
 from sb3_rfm.benchmark.caveats import caveats, listed, settings_of
+from sb3_rfm.benchmark.files import write_figure, write_text
 from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.statistics import Estimate
 from sb3_rfm.benchmark.suites import short
@@ -245,15 +246,15 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     everything.save(out)
     final, table, better = final_table(results), pivot(results), improvements(results)
-    final.to_csv(out / "final_returns.csv", index=False, float_format="%.6g")
+    write_text(out / "final_returns.csv", final.to_csv(index=False, float_format="%.6g"))
     notes = " ".join([f"After {steps_of(results)}.", CELLS, *losses(results)])
-    (out / "final_returns.md").write_text(f"{markdown(table)}\n{notes}\n", encoding="utf-8")
-    (out / "improvement.md").write_text(markdown(better), encoding="utf-8")
+    write_text(out / "final_returns.md", f"{markdown(table)}\n{notes}\n")
+    write_text(out / "improvement.md", markdown(better))
     made = make_figures(results)
     for name, (figure, _) in made.items():
-        figure.savefig(out / f"{name}.png", dpi=150)
+        write_figure(out / f"{name}.png", figure)
     page = render(title, caveats(everything, results, steps), results, made, table, better)
-    (out / "report.html").write_text(page, encoding="utf-8")
+    write_text(out / "report.html", page)
     names = ["runs.csv", "evaluations.csv", "final_returns.csv", "final_returns.md", "improvement.md", "report.html"]
     return [out / name for name in names] + [out / f"{name}.png" for name in made]
 

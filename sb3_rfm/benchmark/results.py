@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from sb3_rfm.benchmark.files import write_text
 from sb3_rfm.benchmark.records import find_runs
 
 RUN = ["env_id", "algo", "seed"]
@@ -89,8 +90,8 @@ class Results:
     def save(self, folder: Path) -> None:
         """Write ``runs.csv`` and ``evaluations.csv``."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.runs.to_csv(folder / "runs.csv", index=False)
-        self.evaluations.to_csv(folder / "evaluations.csv", index=False, float_format="%.6g")
+        write_text(folder / "runs.csv", self.runs.to_csv(index=False))
+        write_text(folder / "evaluations.csv", self.evaluations.to_csv(index=False, float_format="%.6g"))
 
     def of(self, algos: Sequence[str]) -> "Results":
         """The results of some algorithms.

@@ -20,7 +20,8 @@ from stable_baselines3.common.utils import get_device
 
 from sb3_rfm.benchmark.cases import LONG_RUN, Sizes, StopAfter, build
 from sb3_rfm.benchmark.figures import COLORS, tidy
-from sb3_rfm.benchmark.records import provenance, write_json
+from sb3_rfm.benchmark.files import write_figure, write_json, write_text
+from sb3_rfm.benchmark.records import provenance
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 
 REFERENCE = "sac"
@@ -252,5 +253,5 @@ def write(out: Path, result: Measurements) -> None:
     out.mkdir(parents=True, exist_ok=True)
     content = {"first_update": result.first_update, "rounds": result.rounds, "summary": result.summary()}
     write_json(out / "speed.json", result.setup | content)
-    (out / "speed.txt").write_text(markdown(result), encoding="utf-8")
-    plot(result).savefig(out / "speed.png", dpi=150)
+    write_text(out / "speed.txt", markdown(result))
+    write_figure(out / "speed.png", plot(result))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sb3_rfm.benchmark.records import write_atomic
+from sb3_rfm.benchmark.files import write_text
 
 Row = dict[str, Any]
 """One measurement, by column."""
@@ -19,7 +19,7 @@ def write_csv(file: Path, rows: list[Row]) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
-    write_atomic(file, text.getvalue())
+    write_text(file, text.getvalue())
 
 
 def save(folder: Path, name: str, rows: list[Row], summarise: Callable[[list[Row]], str]) -> list[Row]:
@@ -29,6 +29,6 @@ def save(folder: Path, name: str, rows: list[Row], summarise: Callable[[list[Row
     """
     write_csv(folder / f"{name}.csv", rows)
     table = summarise(rows)
-    write_atomic(folder / f"{name}.txt", table + "\n")
+    write_text(folder / f"{name}.txt", table + "\n")
     print(table)
     return rows
