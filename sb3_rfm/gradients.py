@@ -32,15 +32,15 @@ def differentiate(loss: Tensor, network: nn.Module, features: Tensor, metrics: d
     return Gradients(metrics, gradients[: len(parameters)], gradients[len(parameters) :])
 
 
-def train_extractors(optimizers: Iterable[torch.optim.Optimizer], features: list[Tensor], gradients: list[Tensor]) -> None:
+def train_extractors(parameters: Iterable[nn.Parameter], features: list[Tensor], gradients: list[Tensor]) -> None:
     """Carry the gradients of trained features on to their extractors.
 
-    :param optimizers: Those of the extractors' parameters
+    :param parameters: Of the extractors
     :param features: :func:`trained` features
     :param gradients: Their gradients
     """
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)  # also where an extractor is no longer trained
+    for parameter in parameters:
+        parameter.grad = None  # one that is no longer trained may have one
     if features:
         torch.autograd.backward(features, gradients)
 

@@ -94,6 +94,7 @@ class Learner:
         # Walking the modules in every update is not free.
         self._actor_parameters = list(self.actor.network.parameters())
         self._critic_parameters = list(self.critic.q_networks.parameters())
+        self._extractor_parameters = [p for user in (self.actor, self.critic) for p in user.features_extractor.parameters()]
         # The parameters themselves, not their data: those stay the policy's own when it is copied or its data replaced.
         self._averaged: tuple[list[Tensor], list[Tensor]] = (
             list(self.critic.parameters()),
@@ -140,7 +141,7 @@ class Learner:
         actor_gradients = partial(self.run_actor_gradients, inputs.actor_features, inputs.value_features, inputs.x_1)
         critic_result, actor_result = self.executor.parallel(critic_gradients, actor_gradients)
         train_extractors(
-            self.optimizers(),
+            self._extractor_parameters,
             trained(inputs.actor_features, inputs.critic_features),
             actor_result.features + critic_result.features,
         )
