@@ -23,8 +23,8 @@ from sb3_rfm.sources import GaussianSource, Source, get_source
 if TYPE_CHECKING:
     from sb3_rfm.flow_actor_critic import FlowActorCritic
 
-AUTO_TEMPERATURE = 0.02
-"""``temperature="auto"`` is ``"auto_0.02"``."""
+AUTO_TEMPERATURE = 0.05
+"""``temperature="auto"`` is ``"auto_0.05"``."""
 
 WEIGHTS_LOST = (
     "The weights are lost: numbers too large for the networks have come from the environment, or the learning rate is far too "

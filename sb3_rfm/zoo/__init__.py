@@ -67,7 +67,7 @@ def sample_flow_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
     :return: Arguments of the algorithm
     """
     return sample_sac_params(trial, n_actions, n_envs, additional_args) | {
-        "temperature": trial.suggest_categorical("temperature", ["auto_0.005", "auto_0.01", "auto", "auto_0.05", "auto_0.2"]),
+        "temperature": trial.suggest_categorical("temperature", ["auto_0.0125", "auto_0.025", "auto", "auto_0.1", "auto_0.2"]),
         "path": trial.suggest_categorical("path", ["cond_ot", "cosine", "linear_vp", "ve"]),
         "proposal": trial.suggest_categorical("proposal", ["replay", "policy"]),
         "weighting": trial.suggest_categorical("weighting", ["uniform", "gradient"]),
