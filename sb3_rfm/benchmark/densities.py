@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sb3_rfm.actors import boltzmann_log_prob
+from sb3_rfm.benchmark.files import replacing
 from sb3_rfm.control_variates import weighted_mean
 from sb3_rfm.paths import CondOTPath
 from sb3_rfm.posterior import PosteriorMeanEstimator
@@ -287,9 +288,8 @@ def trained_model(env_id: str, steps: int, folder: Path = Path("runs/critics")) 
         trained = RFM("MlpPolicy", make_env(env_id), buffer_size=steps, temperature="auto_0.2", seed=0, device="cpu")
         trained.learn(steps)
         trained.save_replay_buffer(file.with_suffix(".pkl"))
-        unfinished = file.with_suffix(".unfinished.zip")
-        trained.save(unfinished)
-        unfinished.replace(file.with_suffix(".zip"))
+        with replacing(file.with_suffix(".zip")) as unfinished:
+            trained.save(unfinished)
     model: Any = RFM.load(file.with_suffix(".zip"), device="cpu")
     model.load_replay_buffer(file.with_suffix(".pkl"))
     model.env_name = f"{env_id.split('/')[-1]}, {steps:,} steps"
