@@ -24,18 +24,16 @@ def update_reward_scale(policy: FlowPolicy, rewards: Tensor, scale_temperature: 
     :param rewards: Rewards of a batch, (B, 1)
     :param scale_temperature: Whether the temperature goes with the unit that the first reward sets
     """
-    critic, n_batches = policy.critic, policy.n_rewarded_batches
+    critic, target, n_batches = policy.critic, policy.critic_target, policy.n_rewarded_batches
     size = rewards.abs().mean()
+    rewarded = size > 0
     # Before the first reward values mean nothing: then, the outputs of the networks are kept, and not the values.
-    unit = th.where((n_batches == 0) & (size > 0), size, 1.0)
-    critic.scale *= unit
-    policy.critic_target.scale *= unit
-    if scale_temperature:
-        policy.temperature *= unit
-    n_batches += size > 0
-    new = th.where(size > 0, critic.scale + (1 / n_batches).clamp(1e-3, 1) * (size - critic.scale), critic.scale)
-    critic.rescale(new)
-    policy.critic_target.rescale(new)
+    unit = th.where(rewarded & (n_batches == 0), size, 1.0)
+    th._foreach_mul_([critic.scale, target.scale, *([policy.temperature] if scale_temperature else [])], unit)
+    n_batches += rewarded
+    scale = critic.scale.lerp(size, rewarded * (1 / n_batches).clamp(1e-3, 1))
+    critic.rescale(scale)
+    target.rescale(scale)
 
 
 def action_spread(critic: QCritic, encoded_q: list[Tensor], action_dim: int, n_states: int = 32) -> Tensor:
