@@ -73,8 +73,17 @@ def resolve_mode(execution: ExecutionMode, device: torch.device, n_updates: int)
 
 def resolve_precision(precision: Precision, device: torch.device) -> bool:
     """Whether candidates are evaluated in bfloat16; with ``"auto"``, where the hardware multiplies it natively."""
-    if precision != "auto":
-        return precision == "bfloat16"
+    if precision == "bfloat16" and not multiplies_bfloat16(device):
+        warnings.warn(
+            f"precision='bfloat16', which this {device.type} device is not known to multiply in hardware: "
+            "'auto' or 'float32' may be many times faster.",
+            stacklevel=2,
+        )
+    return precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(device))
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware is known to multiply bfloat16, and does not emulate it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

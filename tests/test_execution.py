@@ -47,9 +47,14 @@ def test_graphs_need_a_gpu() -> None:
     assert resolve_mode("cuda_graph", GPU, n_updates=0) == "cuda_graph"
 
 
-def test_explicit_precision_is_kept() -> None:
-    assert resolve_precision("bfloat16", CPU)
+@pytest.mark.parametrize("native", [True, False])
+def test_precision_follows_the_hardware_unless_it_is_explicit(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "multiplies_bfloat16", lambda device: native)
+    assert resolve_precision("auto", CPU) == native
     assert not resolve_precision("float32", CPU)
+    expected = contextlib.nullcontext() if native else pytest.warns(UserWarning, match="not known to multiply in hardware")
+    with expected:
+        assert resolve_precision("bfloat16", CPU)
 
 
 def compiled(function: Callable[..., Any], module: nn.Module | None = None) -> Callable[..., Any]:
