@@ -908,6 +908,12 @@ def test_speed_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "rfm" in capsys.readouterr().out and (tmp_path / "speed.png").exists()
 
 
+def test_unknown_curves_are_refused_before_anything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["speed", "--quick", "--curves", "candidates", "--out", str(tmp_path / "speed")])
+    assert "'n_candidates'" in capsys.readouterr().err and not (tmp_path / "speed").exists()
+
+
 def test_ratios_are_taken_within_rounds() -> None:
     result = speed.Measurements({})
     for factor in (1.0, 10.0, 3.0):  # a machine whose speed drifts
@@ -932,6 +938,7 @@ def test_cost_grows_with_candidates_and_is_drawn_above_its_bound(tmp_path: Path)
     assert all(min(point.bounds) > 0 and point.ratio > 1 for point in points)
     cost.write(tmp_path, {}, points)
     assert (tmp_path / "cost_curves.png").exists() and (tmp_path / "cost_curves.json").exists()
+    assert f"| {many.ratio:.2f} |\n" in (tmp_path / "cost_curves.txt").read_text()
 
 
 def test_labels_of_one_algorithm_differ_in_their_lines() -> None:

@@ -64,7 +64,12 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 def add_speed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--paper", action="store_true", help="the paper's settings too")
-    parser.add_argument("--curves", action="store_true", help="cost curves too; compiling for every point takes a while")
+    parser.add_argument(
+        "--curves",
+        nargs="*",
+        metavar="PARAMETER",
+        help="cost curves too, against all parameters or these; compiling for every point takes a while",
+    )
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="what to measure; everything that is installed by default")
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--device", default="auto")
@@ -137,6 +142,13 @@ def speed(args: argparse.Namespace) -> int:
     if args.device.startswith("cuda") and not torch.cuda.is_available():  # SB3 would take the CPU
         raise ValueError(f"--device {args.device}: PyTorch sees no GPU here.")
     console = Console()
+
+    def show(header: list[str], rows: list[list[str]]) -> None:
+        table = Table(*header, box=None)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
     conditions = speed.Conditions(threads=args.threads, device=args.device, execution=args.execution, rounds=args.rounds)
     if args.quick:
         conditions = replace(conditions, rounds=2, seconds=0.02, memory_steps=110)
@@ -144,17 +156,20 @@ def speed(args: argparse.Namespace) -> int:
     unknown = set(cases) - set(available(paper=True))
     if unknown:
         raise ValueError(f"Unknown or not installed: {sorted(unknown)}; available are {available(paper=True)}.")
+    unknown = set(args.curves or []) - set(cost.AXES)
+    if unknown:
+        raise ValueError(f"Unknown parameters: {sorted(unknown)}; there are curves against {list(cost.AXES)}.")
     args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is not worth measuring
     with cores(args.threads), console.status("") as status:
         result = speed.measure(list(dict.fromkeys([*cases, speed.REFERENCE])), conditions, status.update)
         speed.write(args.out, result)
-    table = Table(*speed.header(result), box=None)
-    for row in speed.rows(result):
-        table.add_row(*row)
-    console.print(table)
-    if args.curves:
+    show(speed.header(result), speed.rows(result))
+    if args.curves is not None:
+        axes = {name: cost.AXES[name] for name in args.curves or cost.AXES}
         with cores(args.threads), console.status("") as status:
-            cost.write(args.out, result.setup, cost.measure(conditions, report=status.update))
+            points = cost.measure(conditions, axes, status.update)
+            cost.write(args.out, result.setup, points)
+        show(cost.HEADER, cost.rows(points))
     console.print(f"Written to {args.out}/")
     return 0
 

@@ -22,8 +22,9 @@ from torch.utils.flop_counter import flop_registry
 from sb3_rfm import RFM
 from sb3_rfm.benchmark.cases import LONG_RUN, Sizes, StopAfter, build
 from sb3_rfm.benchmark.figures import COLORS, tidy
-from sb3_rfm.benchmark.files import write_figure, write_json
+from sb3_rfm.benchmark.files import write_figure, write_json, write_text
 from sb3_rfm.benchmark.speed import Conditions, seconds_per_call
+from sb3_rfm.benchmark.tables import markdown
 
 AXES: dict[str, tuple[str, list[int]]] = {
     "n_candidates": ("candidates K", [4, 16, 32, 64, 128, 256]),
@@ -148,6 +149,18 @@ def measure(
     ]
 
 
+HEADER = ["", "", "ms per update", "÷ its matrix products"]
+"""Names of the columns of :func:`rows`."""
+
+
+def rows(points: list[Point]) -> list[list[str]]:
+    """The table: one row for each point, with medians over the rounds."""
+    return [
+        [AXES[point.name][0], str(point.value), f"{1000 * np.median(point.seconds):.1f}", f"{point.ratio:.2f}"]
+        for point in points
+    ]
+
+
 def plot(points: list[Point]) -> Figure:
     """Cost against each parameter, with the lower bound."""
     names = list(dict.fromkeys(point.name for point in points))
@@ -177,7 +190,7 @@ def plot(points: list[Point]) -> Figure:
 
 
 def write(out: Path, setup: dict[str, Any], points: list[Point]) -> None:
-    """Write ``cost_curves.json`` and ``cost_curves.png``.
+    """Write ``cost_curves.json``, ``cost_curves.txt`` (a Markdown table) and ``cost_curves.png``.
 
     :param out: Folder
     :param setup: Machine, versions and conditions
@@ -185,4 +198,5 @@ def write(out: Path, setup: dict[str, Any], points: list[Point]) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "cost_curves.json", setup | {"points": [asdict(point) | {"ratio": point.ratio} for point in points]})
+    write_text(out / "cost_curves.txt", markdown(HEADER, rows(points)))
     write_figure(out / "cost_curves.png", plot(points))

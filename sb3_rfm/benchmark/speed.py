@@ -22,6 +22,7 @@ from sb3_rfm.benchmark.cases import LONG_RUN, Sizes, StopAfter, build
 from sb3_rfm.benchmark.figures import COLORS, tidy
 from sb3_rfm.benchmark.files import write_figure, write_json, write_text
 from sb3_rfm.benchmark.records import provenance
+from sb3_rfm.benchmark.tables import markdown
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 
 REFERENCE = "sac"
@@ -225,13 +226,6 @@ def header(result: Measurements) -> list[str]:
     return [f"(÷ {REFERENCE})", *(QUANTITIES[quantity] for quantity in result.rounds), "first update, s"]
 
 
-def markdown(result: Measurements) -> str:
-    """The table as Markdown."""
-    names = header(result)
-    lines = [names, ["---"] * len(names), *rows(result)]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
-
-
 def plot(result: Measurements) -> Figure:
     """Updates and environment steps per second of every case."""
     cases = list(result.rounds["updates"])
@@ -253,5 +247,5 @@ def write(out: Path, result: Measurements) -> None:
     out.mkdir(parents=True, exist_ok=True)
     content = {"first_update": result.first_update, "rounds": result.rounds, "summary": result.summary()}
     write_json(out / "speed.json", result.setup | content)
-    write_text(out / "speed.txt", markdown(result))
+    write_text(out / "speed.txt", markdown(header(result), rows(result)))
     write_figure(out / "speed.png", plot(result))

@@ -1,4 +1,4 @@
-"""Measurements as rows: a CSV file with all of them, and a Markdown table of what they say."""
+"""Measurements as rows: CSV files with all of them, and Markdown tables of what they say."""
 
 import csv
 import io
@@ -10,6 +10,15 @@ from sb3_rfm.benchmark.files import write_text
 
 Row = dict[str, Any]
 """One measurement, by column."""
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table as Markdown.
+
+    :param header: Names of the columns
+    :param rows: Their cells
+    """
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (header, ["---"] * len(header), *rows))
 
 
 def write_csv(file: Path, rows: list[Row]) -> None:
