@@ -166,7 +166,7 @@ def plot(points: list[Point]) -> Figure:
     names = list(dict.fromkeys(point.name for point in points))
     columns = min(3, len(names))
     n_rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.2 * columns + 0.4, 2.5 * n_rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(max(3.2 * columns + 0.4, 4.4), 2.5 * n_rows + 0.5), layout="constrained")
     panels = figure.subplots(n_rows, columns, squeeze=False, sharey=True).ravel()
     for panel in panels[len(names) :]:
         panel.set_visible(False)
@@ -185,7 +185,7 @@ def plot(points: list[Point]) -> Figure:
         tidy(panel)
     figure.supylabel("milliseconds per update", fontsize=9)
     labels = ["RFM, measured", "its matrix products at the measured matrix rate"]
-    figure.legend([measured, bound], labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.legend([measured, bound], labels, loc="outside upper center", ncols=min(2, columns), frameon=False, fontsize=9)
     return figure
 
 
