@@ -31,7 +31,7 @@ def update_reward_scale(policy: FlowPolicy, rewards: Tensor, scale_temperature: 
     unit = th.where(rewarded & (n_batches == 0), size, 1.0)
     th._foreach_mul_([critic.scale, target.scale, *([policy.temperature] if scale_temperature else [])], unit)
     n_batches += rewarded
-    scale = critic.scale.lerp(size, rewarded * (1 / n_batches).clamp(1e-3, 1))
+    scale = critic.scale + rewarded * (1 / n_batches).clamp(1e-3, 1) * (size - critic.scale)
     critic.rescale(scale)
     target.rescale(scale)
 
