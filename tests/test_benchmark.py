@@ -898,14 +898,20 @@ def test_documented_runs_can_be_repeated(command: list[str], monkeypatch: pytest
 # Speed
 
 
-def test_speed_measures_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed_measures_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "AXES", {"batch": ("batch", [8]), "width": ("network width", [16])})
     arguments = ["--quick", "--execution", "eager", "--cases", "rfm", "--threads", "1", "--out", str(tmp_path)]
+    arguments += ["--curves", "batch"]
     assert main(["speed", *arguments]) == 0
     content = json.loads((tmp_path / "speed.json").read_text())
     assert set(content["summary"]) == set(speed.QUANTITIES)
     assert all(value["median"] > 0 for cases in content["summary"].values() for value in cases.values())
     assert content["summary"]["updates"]["sac"]["ratio"] == 1.0
     assert "rfm" in capsys.readouterr().out and (tmp_path / "speed.png").exists()
+    points = json.loads((tmp_path / "cost_curves.json").read_text())["points"]
+    assert [(point["name"], point["value"]) for point in points] == [("batch", 8)]
 
 
 def test_unknown_curves_are_refused_before_anything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

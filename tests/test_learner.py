@@ -219,18 +219,19 @@ def test_a_new_unit_leaves_values_as_they_are() -> None:
     assert critic.scale.item() == 5.0
 
 
-def test_the_first_reward_sets_the_unit_of_what_networks_say() -> None:
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+def test_the_first_reward_sets_the_unit_of_what_networks_say(dtype: th.dtype) -> None:
     """Before it, values mean nothing: the networks' outputs are kept. After it, the values are."""
     model = make()
     critic, obs, actions = model.critic, th.randn(6, 3), 2 * th.rand(6, 1) - 1
     values = lambda: critic.q_values(critic.encode(obs), actions)  # noqa: E731
     fresh = values()
-    update_reward_scale(model.policy, th.zeros(4, 1), scale_temperature=True)
+    update_reward_scale(model.policy, th.zeros(4, 1, dtype=dtype), scale_temperature=True)
     th.testing.assert_close(values(), fresh)
-    update_reward_scale(model.policy, th.full((4, 1), -3.0), scale_temperature=True)
+    update_reward_scale(model.policy, th.full((4, 1), -3.0, dtype=dtype), scale_temperature=True)
     th.testing.assert_close(values(), 3 * fresh)
     assert model.policy.temperature.item() == pytest.approx(3.0)
-    update_reward_scale(model.policy, th.full((4, 1), 5.0), scale_temperature=True)
+    update_reward_scale(model.policy, th.full((4, 1), 5.0, dtype=dtype), scale_temperature=True)
     th.testing.assert_close(values(), 3 * fresh)
     assert critic.scale.item() == pytest.approx(4.0), "the mean size of a reward"
     assert model.critic_target.scale.item() == pytest.approx(4.0)
