@@ -9,7 +9,8 @@ estimates the same expectation. This module chooses ``c``: by least asymptotic v
 
     c = - sum_k W_k^2 (f_k - m) . (s_k - g) / sum_k W_k^2 |s_k - g|^2,      m = sum W f,  g = sum W s,
 
-and by the rule behind ``coefficient="optimal"``, which keeps to it only as far as the candidates support it.
+and by the rule behind ``coefficient="optimal"``, which keeps to it only as far as the candidates support it. Where they are
+few, the second has the smaller squared error, and the first the smaller bias, which is what a regression keeps of an error.
 
 Sources: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), section 4; Oates, Girolami & Chopin, Control functionals
 (arXiv 1410.2392); Owen, Monte Carlo theory, methods and examples, chapter 9 (variance of self-normalised averages); Efron &
@@ -17,6 +18,7 @@ Stein, The jackknife estimate of variance (1981).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +68,7 @@ def fit(
     valid: Tensor,
     upper: float | Tensor = 1.0,
 ) -> Tensor:
-    """The coefficient that was asked for.
+    """The coefficient that was asked for; one that is fitted is within [0, ``upper``].
 
     :param coefficient: Result of :func:`check_coefficient`
     :param weights: Normalised weights, (B, K)
@@ -83,8 +85,8 @@ def fit(
     if coefficient == "optimal":
         return fit_robust(weights, values, stein, valid, upper)
     if coefficient == "scalar":
-        return fit_scalar(weights, values, stein).unsqueeze(1).expand_as(values[:, 0])
-    return fit_diagonal(weights, values, stein)
+        return fit_scalar(weights, values, stein).unsqueeze(1).expand_as(values[:, 0]).clamp(*_ends(upper))
+    return fit_diagonal(weights, values, stein).clamp(*_ends(upper))
 
 
 def fit_scalar(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
@@ -156,7 +158,6 @@ def _shrink(weights: Tensor, values: Tensor, stein: Tensor, upper: float | Tenso
     that which all dimensions have in common is already taken when they get one each. Candidates enter by ``W^2``, so their
     effective number is that of squared weights; two always count, the heaviest and the next.
     """
-    bounds = (torch.zeros_like(upper), upper) if isinstance(upper, Tensor) else (0.0, upper)
     squared, dim = weights.square(), values.shape[-1]
     covariance, variance, spread = _second_moments(weights, values, stein)
     n_effective = squared.sum(1, keepdim=True).square() / _positive(squared.square().sum(1, keepdim=True))
@@ -164,12 +165,12 @@ def _shrink(weights: Tensor, values: Tensor, stein: Tensor, upper: float | Tenso
 
     common = _shrunk_coefficient(
         covariance.sum(-1, keepdim=True), variance.sum(-1, keepdim=True), spread.sum(-1, keepdim=True), dim * n_free - 1
-    ).clamp(*bounds)
+    ).clamp(*_ends(upper))
     # The same moments of f + common * s. A perfect fit to two candidates proves nothing, hence the last factor.
     covariance, spread = covariance + common * variance, spread + 2 * common * covariance + common.square() * variance
     freedom = (dim - 1) / dim * (n_free - 1)
     own = _shrunk_coefficient(covariance, variance, spread, freedom) * freedom / (1 + freedom)
-    return (common + own).clamp(*bounds)
+    return (common + own).clamp(*_ends(upper))
 
 
 def _shrunk_coefficient(covariance: Tensor, variance: Tensor, spread: Tensor, freedom: Tensor) -> Tensor:
@@ -188,6 +189,11 @@ def _shrunk_coefficient(covariance: Tensor, variance: Tensor, spread: Tensor, fr
     determination = correlation.square().clamp(max=1)
     shrinkage = determination / _positive(determination + (1 - determination) / freedom.clamp(min=1e-3))
     return shrinkage * _ratio(-covariance, variance)
+
+
+def _ends(upper: float | Tensor) -> Any:
+    """The coefficients between which a fit is kept: values alone, and gradients alone; both numbers, or both (D,)."""
+    return (torch.zeros_like(upper) if isinstance(upper, Tensor) else 0.0), upper
 
 
 def _second_moments(weights: Tensor, values: Tensor, stein: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,8 +74,8 @@ class PosteriorMeanEstimator:
     :param n_candidates: Number K of candidates drawn for each ``x_t``
     :param coefficient: The control variate's ``Lambda`` in noise coordinates: ``"optimal"`` → RFM (see
         :func:`~sb3_rfm.control_variates.fit_robust`), 0 → QNE, 1 → DQS, any other number, or one number for each
-        dimension; ``"scalar"`` and ``"diagonal"`` → the textbook fits of least asymptotic variance, without the guards that
-        keep ``"optimal"`` from being worse than 0 when few candidates count
+        dimension; ``"scalar"`` and ``"diagonal"`` → the textbook fits of least asymptotic variance, between 0 and 1, without
+        the guards that keep ``"optimal"`` from being worse than 0 when few candidates count
     :param source: ``"gaussian"``, a ``torch.distributions`` distribution or a :class:`~sb3_rfm.sources.Source`
     :param data_scale: How far the data reaches from the origin: its root mean square in a dimension, roughly. Candidates
         then come from the posterior that a Gaussian p1 around the origin of that scale would have, instead of the source;

@@ -6,6 +6,7 @@
     python -m sb3_rfm.benchmark.estimator --densities --critic ENV --output FOLDER          # on the critic of a trained agent
     python -m sb3_rfm.benchmark.estimator --critic ENV --output FOLDER --clock              # then times it, on a quiet machine
     python -m sb3_rfm.benchmark.estimator --critic ENV --output FOLDER --rounding           # what bfloat16 does to it
+    python -m sb3_rfm.benchmark.estimator --critic ENV --output FOLDER --regression         # what a flow learns from it
     python -m sb3_rfm.benchmark.estimator --densities crescents --update         # measures one density again
     python -m sb3_rfm.benchmark.estimator --rows 32 --candidates 16 32 --densities crescents --output runs/estimator
 
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from sb3_rfm.benchmark.densities import Density, densities, trained_critics, trained_model
 from sb3_rfm.benchmark.estimator_errors import KINDS, LINE, NEGLIGIBLE, PLAIN, equivalent, measure
-from sb3_rfm.benchmark.estimator_in_use import race, rounding
+from sb3_rfm.benchmark.estimator_in_use import race, regression, rounding
 from sb3_rfm.benchmark.files import write_figure, write_text
 from sb3_rfm.benchmark.tables import Row, save, write_csv
 from sb3_rfm.execution import keep_freed_memory
@@ -145,6 +146,19 @@ def summarise_rounding(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def summarise_regression(rows: list[Row]) -> str:
+    """Markdown table of :func:`regression`: squared bias and variance over the squared distance, and the share of the way."""
+    times = list(dict.fromkeys(row["t"] for row in rows))
+    lines = ["| λ | coefficient | K | " + " | ".join(f"t = {t:g}" for t in times) + " |", "|---" * (len(times) + 3) + "|"]
+    table = {(row["temperature"], row["coefficient"], row["K"], row["t"]): row for row in rows}
+    for temperature, coefficient, n in dict.fromkeys((row["temperature"], row["coefficient"], row["K"]) for row in rows):
+        cells = [table[temperature, coefficient, n, t] for t in times]
+        errors = [[cell[key] / cell["squared distance"] for key in ("squared bias", "variance")] for cell in cells]
+        shown = [f"{b:.2f}, {v:.2f}, {cell['share of the way']:.2f}" for cell, (b, v) in zip(cells, errors, strict=True)]
+        lines.append(f"| {temperature:.2g} | {coefficient} | {n} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
 def read_csv(file: Path) -> list[Row]:
     """Errors that :func:`~sb3_rfm.benchmark.tables.write_csv` wrote."""
     words, counts = ("density", "candidates", "rule"), ("dim", "K", "rows")
@@ -174,9 +188,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--update", action="store_true", help="keep what errors.csv already has of other densities")
     parser.add_argument("--clock", action="store_true", help="race on that critic, with the errors of errors.csv")
     parser.add_argument("--rounding", action="store_true", help="what evaluating that critic in bfloat16 does")
+    parser.add_argument("--regression", action="store_true", help="bias and variance of what the flow is regressed on")
     args = parser.parse_args(argv)
-    if (args.clock or args.rounding) and not args.critic:
-        parser.error("--clock and --rounding need --critic")
+    if (args.clock or args.rounding or args.regression) and not args.critic:
+        parser.error("--clock, --rounding and --regression need --critic")
     args.output.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
 
@@ -185,6 +200,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         return save(args.output, "race", races, summarise_races)
     if args.rounding:
         return save(args.output, "rounding", rounding(trained_model(args.critic, args.critic_steps)), summarise_rounding)
+    if args.regression:
+        return save(args.output, "regression", regression(trained_model(args.critic, args.critic_steps)), summarise_regression)
 
     groups: list[Callable[[], Sequence[Density]]] = [lambda name=name: [densities()[name]()] for name in args.densities]  # type: ignore[misc]
     if args.critic:

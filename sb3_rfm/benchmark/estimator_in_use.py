@@ -1,4 +1,4 @@
-"""The estimator at replayed states of a trained model: against the clock, and in bfloat16."""
+"""The estimator at replayed states of a trained model: as what a flow is regressed on, against the clock, and in bfloat16."""
 
 import itertools
 import math
@@ -14,7 +14,9 @@ from sb3_rfm.actors import LATENT_SCALE, boltzmann_log_prob, clip_latents, squas
 from sb3_rfm.benchmark.densities import PATH, temperatures
 from sb3_rfm.benchmark.estimator_errors import KINDS, PLAIN, plain_curves, worth
 from sb3_rfm.benchmark.tables import Row
+from sb3_rfm.control_variates import Coefficient
 from sb3_rfm.posterior import PosteriorMeanEstimator
+from sb3_rfm.rfm import RFM
 
 
 class Replayed:
@@ -52,9 +54,57 @@ class Replayed:
         return boltzmann_log_prob(u, q, temperature)
 
 
-def in_use(n_candidates: int) -> PosteriorMeanEstimator:
-    """The estimator as RFM has it at its defaults, but for the number of candidates."""
-    return PosteriorMeanEstimator(PATH, n_candidates, data_scale=LATENT_SCALE, points="antithetic")
+def in_use(n_candidates: int, coefficient: Coefficient = RFM.default_coefficient) -> PosteriorMeanEstimator:
+    """The estimator as RFM has it at its defaults, but for the number of candidates, or the coefficient."""
+    return PosteriorMeanEstimator(PATH, n_candidates, coefficient, data_scale=LATENT_SCALE, points="antithetic")
+
+
+def regression(
+    model: Any,
+    ways: Sequence[tuple[Coefficient, int]] = ((0.0, 4), (1.0, 4), ("optimal", 4), ("scalar", 4), ("optimal", 16)),
+    times: Sequence[float] = (0.36, 0.64, 0.84, 0.96),
+    n_states: int = 128,
+    n_draws: int = 60,
+) -> list[Row]:
+    """The estimate as what a flow is regressed on: a flow averages over the candidates, so that of the error of a single
+    estimate the variance goes, and the bias stays.
+
+    :param model: Trained model
+    :param ways: Coefficients and numbers K of candidates
+    :param times: t
+    :param n_states: States at which it is estimated
+    :param n_draws: Draws of candidates at each of them; a tenth as many of 2,000 candidates are taken for the truth
+    :return: For each temperature, way and t: the squared distance from the flow's prediction to the true data mean, squared
+        bias and variance of the regression target, means over the states; and how far the mean target goes that way, 1 for
+        one without bias
+    """
+    states, rows = Replayed(model, n_states), []
+    for temperature, value in itertools.product(temperatures(model), times):
+        t = torch.full((n_states,), value)
+        x_t = states.points(t)
+        guess = states.guess(x_t, t)
+
+        def targets(estimator: PosteriorMeanEstimator, n: int) -> tuple[Tensor, Tensor]:
+            """Mean over ``n`` draws, and variance of one of them, (B, D) each."""
+            log_prob = partial(states.log_prob, temperature=temperature)  # noqa: B023
+            draws = (estimator.draw(x_t, t, guess=guess) for _ in range(n))  # noqa: B023
+            targets = torch.stack([clip_latents(estimator.estimate(log_prob, x_t, t, drawn).x1) for drawn in draws])  # noqa: B023
+            return targets.mean(0), targets.var(0)
+
+        n_truths = max(2, n_draws // 10)
+        truth, truth_variance = targets(in_use(2_000, "optimal"), n_truths)
+        way = truth - guess
+        for coefficient, n in ways:
+            mean, variance = targets(in_use(n, coefficient), n_draws)
+            noise = variance / n_draws + truth_variance / n_truths
+            rows.append(
+                {"temperature": temperature, "coefficient": coefficient, "K": n, "t": value}
+                | {"squared distance": way.square().sum(-1).mean().item()}
+                | {"squared bias": ((mean - truth).square() - noise).sum(-1).mean().item()}
+                | {"variance": variance.sum(-1).mean().item()}
+                | {"share of the way": (((mean - guess) * way).sum() / way.square().sum()).item()}
+            )
+    return rows
 
 
 def rounding(
