@@ -1,4 +1,4 @@
-"""Reverse flow matching: the flow is regressed on the posterior mean, with a control variate of least variance.
+"""Reverse flow matching: the flow is regressed on the posterior mean of least variance.
 
 Source: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136).
 """
@@ -20,12 +20,11 @@ from sb3_rfm.sources import get_source
 class RFM(FlowActorCritic):
     """Reverse Flow Matching: Q and its gradient at K candidates, combined by the best control variate.
 
-    The parameters are those of :class:`~sb3_rfm.flow_actor_critic.FlowActorCritic`; ``coefficient`` may be ``"scalar"``
-    (the default), ``"optimal"``, ``"diagonal"``, a number, or one number for each action dimension. The flow averages over the
-    candidates of many updates: what it keeps of the estimate's error is the bias, and that of ``"scalar"`` is smaller.
+    The parameters are those of :class:`~sb3_rfm.flow_actor_critic.FlowActorCritic`; ``coefficient`` may be ``"optimal"``
+    (the default), ``"scalar"``, ``"diagonal"``, a number, or one number for each action dimension.
     """
 
-    default_coefficient: ClassVar[Coefficient] = "scalar"
+    default_coefficient: ClassVar[Coefficient] = "optimal"
     coefficient_is_fixed: ClassVar[bool] = False
     coefficient: Coefficient
     estimator: PosteriorMeanEstimator
