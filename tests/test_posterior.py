@@ -668,6 +668,16 @@ def test_fits_minimise_the_variance_they_claim_to() -> None:
         )
 
 
+@pytest.mark.parametrize("coefficient", ["scalar", "diagonal", "optimal"])
+def test_fitted_coefficients_lie_between_values_and_gradients(coefficient: str) -> None:
+    """Where the density is rough, least variance may ask for less than 0 or more than 1."""
+    estimator = PosteriorMeanEstimator("cond_ot", 4, coefficient)
+    generator = torch.Generator().manual_seed(0)
+    result = estimator(lambda x: 20 * torch.sin(4 * x).sum(-1), normal(200, 1), times(0.6, 200), generator)
+    assert result.coefficient.min() == 0 and result.coefficient.max() <= 1
+    assert coefficient == "optimal" or result.coefficient.max() == 1  # where the fit is more than that
+
+
 def test_the_robust_fit_is_bounded_and_its_correction_no_longer_than_the_spread() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.softmax(5 * torch.randn(500, 12, dtype=torch.float64, generator=generator), 1)
