@@ -53,6 +53,15 @@ class Replayed:
         q: Tensor = self.model.critic.split_q(self.encoded, squash(u), reduced)
         return boltzmann_log_prob(u, q, temperature)
 
+    def targets(
+        self, estimator: PosteriorMeanEstimator, x_t: Tensor, t: Tensor, temperature: float, n_draws: int
+    ) -> tuple[Tensor, Tensor]:
+        """What the flow is regressed on: mean over several draws of the candidates, and variance of one, (B, D) each."""
+        guess, log_prob = self.guess(x_t, t), partial(self.log_prob, temperature=temperature)
+        draws = (estimator.draw(x_t, t, guess=guess) for _ in range(n_draws))
+        targets = torch.stack([clip_latents(estimator.estimate(log_prob, x_t, t, drawn).x1) for drawn in draws])
+        return targets.mean(0), targets.var(0)
+
 
 def in_use(n_candidates: int, coefficient: Coefficient = RFM.default_coefficient) -> PosteriorMeanEstimator:
     """The estimator as RFM has it at its defaults, but for the number of candidates, or the coefficient."""
@@ -82,20 +91,13 @@ def regression(
     for temperature, value in itertools.product(temperatures(model), times):
         t = torch.full((n_states,), value)
         x_t = states.points(t)
-        guess = states.guess(x_t, t)
-
-        def targets(estimator: PosteriorMeanEstimator, n: int) -> tuple[Tensor, Tensor]:
-            """Mean over ``n`` draws, and variance of one of them, (B, D) each."""
-            log_prob = partial(states.log_prob, temperature=temperature)  # noqa: B023
-            draws = (estimator.draw(x_t, t, guess=guess) for _ in range(n))  # noqa: B023
-            targets = torch.stack([clip_latents(estimator.estimate(log_prob, x_t, t, drawn).x1) for drawn in draws])  # noqa: B023
-            return targets.mean(0), targets.var(0)
-
+        targets = partial(states.targets, x_t=x_t, t=t, temperature=temperature)
         n_truths = max(2, n_draws // 10)
-        truth, truth_variance = targets(in_use(2_000, "optimal"), n_truths)
+        truth, truth_variance = targets(in_use(2_000), n_draws=n_truths)
+        guess = states.guess(x_t, t)
         way = truth - guess
         for coefficient, n in ways:
-            mean, variance = targets(in_use(n, coefficient), n_draws)
+            mean, variance = targets(in_use(n, coefficient), n_draws=n_draws)
             noise = variance / n_draws + truth_variance / n_truths
             rows.append(
                 {"temperature": temperature, "coefficient": coefficient, "K": n, "t": value}
