@@ -18,7 +18,6 @@ Stein, The jackknife estimate of variance (1981).
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +84,8 @@ def fit(
     if coefficient == "optimal":
         return fit_robust(weights, values, stein, valid, upper)
     if coefficient == "scalar":
-        return fit_scalar(weights, values, stein).unsqueeze(1).expand_as(values[:, 0]).clamp(*_ends(upper))
-    return fit_diagonal(weights, values, stein).clamp(*_ends(upper))
+        return _between_ends(fit_scalar(weights, values, stein).unsqueeze(1).expand_as(values[:, 0]), upper)
+    return _between_ends(fit_diagonal(weights, values, stein), upper)
 
 
 def fit_scalar(weights: Tensor, values: Tensor, stein: Tensor) -> Tensor:
@@ -165,12 +164,13 @@ def _shrink(weights: Tensor, values: Tensor, stein: Tensor, upper: float | Tenso
 
     common = _shrunk_coefficient(
         covariance.sum(-1, keepdim=True), variance.sum(-1, keepdim=True), spread.sum(-1, keepdim=True), dim * n_free - 1
-    ).clamp(*_ends(upper))
+    )
+    common = _between_ends(common, upper)
     # The same moments of f + common * s. A perfect fit to two candidates proves nothing, hence the last factor.
     covariance, spread = covariance + common * variance, spread + 2 * common * covariance + common.square() * variance
     freedom = (dim - 1) / dim * (n_free - 1)
     own = _shrunk_coefficient(covariance, variance, spread, freedom) * freedom / (1 + freedom)
-    return (common + own).clamp(*_ends(upper))
+    return _between_ends(common + own, upper)
 
 
 def _shrunk_coefficient(covariance: Tensor, variance: Tensor, spread: Tensor, freedom: Tensor) -> Tensor:
@@ -191,9 +191,11 @@ def _shrunk_coefficient(covariance: Tensor, variance: Tensor, spread: Tensor, fr
     return shrinkage * _ratio(-covariance, variance)
 
 
-def _ends(upper: float | Tensor) -> Any:
-    """The coefficients between which a fit is kept: values alone, and gradients alone; both numbers, or both (D,)."""
-    return (torch.zeros_like(upper) if isinstance(upper, Tensor) else 0.0), upper
+def _between_ends(coefficient: Tensor, upper: float | Tensor) -> Tensor:
+    """A coefficient within [0, upper]: from values alone to gradients alone; (B, D) or (B, 1), and a number or (D,)."""
+    if isinstance(upper, Tensor):
+        return coefficient.clamp(torch.zeros_like(upper), upper)
+    return coefficient.clamp(0.0, upper)
 
 
 def _second_moments(weights: Tensor, values: Tensor, stein: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -155,8 +155,16 @@ def test_the_estimator_benchmark_on_a_trained_critic(tmp_path: Path, monkeypatch
     assert "| 32 |" in (tmp_path / "rounding.txt").read_text()
     monkeypatch.setattr(estimator, "regression", partial(estimator_in_use.regression, n_states=64, n_draws=20))
     rows = [row for row in estimator.main([*arguments, "--regression"]) if row["t"] == 0.36]
-    few, many = ([row["squared bias"] for row in rows if (row["coefficient"], row["K"]) == ("optimal", n)] for n in (4, 16))
-    assert len(few) == 2 and all(b < a for a, b in zip(few, many, strict=True))
+    gradient, few, many = (
+        [r for r in rows if (r["coefficient"], r["K"]) == way] for way in ((1.0, 4), ("optimal", 4), ("optimal", 16))
+    )
+    for alone, a, b in zip(gradient, few, many, strict=True):  # at each of two temperatures
+        assert b["squared bias"] < a["squared bias"] and a["share of the way"] < b["share of the way"] < 1
+        assert a["variance"] < a["squared bias"] and alone["squared bias"] < alone["variance"]
+    model = densities.trained_model("Pendulum-v1", 130)
+    for row in estimator_in_use.regression(model, [("optimal", 2_000)], times=[0.36], n_states=64, n_draws=20):
+        assert row["share of the way"] == pytest.approx(1, abs=0.05)
+        assert abs(row["squared bias"]) < 0.02 * row["squared distance"]
     assert "| scalar | 4 |" in (tmp_path / "regression.txt").read_text()
 
 

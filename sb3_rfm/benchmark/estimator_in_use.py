@@ -95,16 +95,16 @@ def regression(
         n_truths = max(2, n_draws // 10)
         truth, truth_variance = targets(in_use(2_000), n_draws=n_truths)
         guess = states.guess(x_t, t)
-        way = truth - guess
+        gap = truth - guess
         for coefficient, n in ways:
             mean, variance = targets(in_use(n, coefficient), n_draws=n_draws)
             noise = variance / n_draws + truth_variance / n_truths
             rows.append(
                 {"temperature": temperature, "coefficient": coefficient, "K": n, "t": value}
-                | {"squared distance": way.square().sum(-1).mean().item()}
+                | {"squared distance": gap.square().sum(-1).mean().item()}
                 | {"squared bias": ((mean - truth).square() - noise).sum(-1).mean().item()}
                 | {"variance": variance.sum(-1).mean().item()}
-                | {"share of the way": (((mean - guess) * way).sum() / way.square().sum()).item()}
+                | {"share of the way": (((mean - guess) * gap).sum() / gap.square().sum()).item()}
             )
     return rows
 
