@@ -9,7 +9,6 @@ at any moment leaves the checkpoints it had.
 
 import io
 import json
-import os
 import pickle
 import random
 import re
@@ -31,6 +30,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
 from sb3_rfm import safe_pickle
+from sb3_rfm.files import remove_unfinished, replacing
 from sb3_rfm.rewindable import Rewindable, make_rewindable
 
 FORMAT = "sb3_rfm checkpoint"
@@ -80,8 +80,7 @@ class RunCheckpoint(BaseCallback):
                     f"{path} is a checkpoint of another run, since this one is at step {self.model.num_timesteps}: "
                     "resume that run, or choose another folder."
                 )
-        for left_over in self.save_path.glob(f".{self.name_prefix}_*.unfinished"):
-            left_over.unlink()
+        remove_unfinished(self.save_path, _pattern(self.name_prefix))
         self._last_save = self.n_calls
         if make_rewindable(self.training_env):
             # The wrappers must see the beginning of the first episode. One that was under way ends here.
@@ -132,9 +131,30 @@ def checkpoints(folder: str | Path, name_prefix: str | None = "checkpoint") -> l
     :param folder: Folder
     :param name_prefix: As given to :class:`RunCheckpoint`; None for any
     """
-    name = ".+" if name_prefix is None else re.escape(name_prefix)
-    found = [path for path in Path(folder).iterdir() if re.fullmatch(name + r"_\d+_steps\.zip", path.name)]
+    found = [path for path in Path(folder).iterdir() if re.fullmatch(_pattern(name_prefix), path.name)]
     return sorted(filter(_has_description, found) if name_prefix is None else found, key=steps_of)
+
+
+def last_checkpoint(folder: Path, name_prefix: str | None = None) -> Path:
+    """The last checkpoint of the run in a folder.
+
+    :param folder: Folder
+    :param name_prefix: As given to :class:`RunCheckpoint`; None where only one run has checkpoints there
+    :raises FileNotFoundError: where there is none
+    :raises ValueError: where there are several runs', and no prefix
+    """
+    found = checkpoints(folder, name_prefix)
+    if not found:
+        raise FileNotFoundError(f"There is no checkpoint{f' of {name_prefix!r}' if name_prefix else ''} in {folder}.")
+    prefixes = sorted({path.name.rsplit("_", 2)[0] for path in found})
+    if len(prefixes) > 1:
+        raise ValueError(f"{folder} has checkpoints of several runs: pass name_prefix, which is one of {prefixes}.")
+    return found[-1]
+
+
+def _pattern(name_prefix: str | None) -> str:
+    """Regular expression of checkpoints' names."""
+    return (".+" if name_prefix is None else re.escape(name_prefix)) + r"_\d+_steps\.zip"
 
 
 def steps_of(path: Path) -> int:
@@ -144,7 +164,10 @@ def steps_of(path: Path) -> int:
 
 def _has_description(path: Path) -> bool:
     """Whether a file is a checkpoint, and not a model that SB3's ``CheckpointCallback`` saved."""
-    return zipfile.is_zipfile(path) and "run.json" in zipfile.ZipFile(path).namelist()
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "run.json" in archive.namelist()
 
 
 def save_run(model: OffPolicyAlgorithm, path: Path) -> None:
@@ -171,24 +194,12 @@ def save_run(model: OffPolicyAlgorithm, path: Path) -> None:
         "vec_env": [_statistics(layer) for layer in _layers(env)],
         "envs": env.env_method("get_run_state") if env.has_attr("get_run_state") else None,
     }
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("wb") as file:
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("run.json", json.dumps(description, indent=1))
-            archive.writestr("model.zip", content.getvalue())
-            archive.writestr("state.pkl", pickle.dumps(state))
-            with archive.open("replay_buffer.pkl", "w", force_zip64=True) as member:
-                _BufferPickler(member, model.replay_buffer).dump(model.replay_buffer)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    if os.name == "posix":
-        # The new name, too, is only certain to survive a crash of the machine once the folder is on the disk.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with replacing(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+        archive.writestr("run.json", json.dumps(description, indent=1))
+        archive.writestr("model.zip", content.getvalue())
+        archive.writestr("state.pkl", pickle.dumps(state))
+        with archive.open("replay_buffer.pkl", "w", force_zip64=True) as member:
+            _BufferPickler(member, model.replay_buffer).dump(model.replay_buffer)
 
 
 def read_description(archive: zipfile.ZipFile, name: str) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from sb3_rfm.files import replacing
+
 OPTIONS: dict[str, Any] = {"fallback_random": True, "unroll_reductions_threshold": 17, "cpp.min_chunk_size": 16384}
 """Random numbers come from the eager generators. Averages over a few candidates are written out: as loops, the compiler starts
 a parallel region for each state. And threads share a loop only where each gets this many elements."""
@@ -140,10 +142,12 @@ def load_library(graph: GraphModule, inputs: list[Tensor]) -> Callable[[list[Ten
     constants = {name: value for name, value in vars(graph).items() if isinstance(value, Tensor)} | dict(graph.named_buffers())
     recipe = _Recipe(graph.code, constants, [(tuple(t.shape), t.dtype) for t in inputs], torch.get_num_threads())
     file = cache_folder() / f"{recipe.key()}.pt2"
-    if not file.exists():
-        with FileLock(f"{file}.lock"):  # whoever needs the same library at the same time waits for it
-            if not file.exists():
-                _run_compiler(recipe, file)
+    with contextlib.suppress(Exception):  # there is none yet, or one that cannot be loaded
+        return _load(file)
+    with FileLock(f"{file}.lock"):  # whoever needs the same library at the same time waits for it
+        with contextlib.suppress(Exception):
+            return _load(file)
+        _run_compiler(recipe, file)
     return _load(file)
 
 
@@ -177,8 +181,8 @@ class _Recipe(NamedTuple):
 
 def cache_folder() -> Path:
     """Where libraries are kept: ``$SB3_RFM_CACHE``, else ``sb3_rfm`` in the user's cache folder. It may be emptied."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("SB3_RFM_CACHE") or Path(base) / "sb3_rfm")
+    own = os.environ.get("SB3_RFM_CACHE")
+    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sb3_rfm"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -186,14 +190,12 @@ def cache_folder() -> Path:
 def _run_compiler(recipe: _Recipe, file: Path) -> None:
     """Have the compiler, in a process of its own, write ``file``."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        package = Path(folder) / "library.pt2"
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder, replacing(file) as package:
         work = pickle.dumps((*recipe, str(package)))
         result = subprocess.run(COMPILER, input=work, capture_output=True, env=environment, cwd=folder, check=False)
         if result.returncode != 0 or not package.exists():
             lines = result.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
             raise CompilationError(next((line for line in reversed(lines) if re.match(r"[\w.]+Error: ", line)), lines[-1]))
-        package.replace(file)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ that all modes see the same noise.
 import ctypes
 import functools
 import operator
+import os
 import shutil
 import sys
 import time
@@ -51,8 +52,9 @@ def check_execution(execution: str, precision: str) -> None:
 
 
 def has_compiler() -> bool:
-    """Whether code can be compiled here; that for a GPU takes a compiler for the CPU, too."""
-    return any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl"))
+    """Whether PyTorch finds its compiler here, ``$CXX`` or the system's; code for a GPU takes one for the CPU, too."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return shutil.which(os.environ.get("CXX", usual)) is not None
 
 
 def resolve_mode(execution: ExecutionMode, device: torch.device, n_updates: int) -> Literal["eager", "compile", "cuda_graph"]:
@@ -87,7 +89,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+        return any(probe is not None and probe() for probe in probes)
     return False
 
 

@@ -67,9 +67,8 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         :raises ~sb3_rfm.safe_pickle.RefusedError: where the file refers to anything but known data types, unless ``trusted``
         :raises ValueError: where the file is not a saved model of this algorithm, or ``kwargs`` names no attribute
         """
-        # The content that is checked must be the content that is loaded, whatever happens to the file in between.
         content, name = _read(path, suffix="zip")
-        members = safe_pickle.check_model(content, name, custom_objects or (), trusted)
+        members, objects = safe_pickle.read_model(content, name, custom_objects or (), trusted)
         ours = cls._algorithm_name()
         theirs = members.get("algorithm", ours)  # older files do not say
         if theirs != ours:
@@ -78,7 +77,9 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         if unknown:
             raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))} that load could replace.")
         content.seek(0)
-        return super().load(content, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        # SB3 unpickles no member that it is given.
+        given = objects | (custom_objects or {})
+        return super().load(content, env, device, given, print_system_info, force_reset, **kwargs)
 
     def load_replay_buffer(self, path: FilePath, truncate_last_traj: bool = True, trusted: bool = False) -> None:
         """Load a replay buffer; see SB3's ``OffPolicyAlgorithm.load_replay_buffer``.
@@ -132,6 +133,7 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
         trusted: bool = False,
+        name_prefix: str | None = None,
     ) -> SelfPersistent:
         """Continue an interrupted run from its checkpoint, exactly as it would have gone on.
 
@@ -145,16 +147,15 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         :param device: Where to put the networks
         :param custom_objects: Members of the saved model to replace, see :meth:`load`
         :param trusted: Read everything: this runs any code that the file contains
+        :param name_prefix: Which run's checkpoints, in a folder of several
         :raises ~sb3_rfm.safe_pickle.RefusedError: where the file refers to anything but known data types, unless ``trusted``
-        :raises ValueError: where the file is not a checkpoint of this class, or the environment is not as it was
+        :raises ValueError: where the file is not a checkpoint of this class, the folder has checkpoints of several runs, or
+            the environment is not as it was
         :raises FileNotFoundError: where there is no checkpoint
         """
         path = pathlib.Path(path)
         if path.is_dir():
-            found = checkpoint.checkpoints(path, name_prefix=None)
-            if not found:
-                raise FileNotFoundError(f"There is no checkpoint in {path}.")
-            path = found[-1]
+            path = checkpoint.last_checkpoint(path, name_prefix)
         try:
             archive = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:
@@ -238,9 +239,9 @@ class PersistentModel(BaseModel):
             return super().load(path, device)  # type: ignore[arg-type]
         device = get_device(device)
         content, name = _read(path, suffix="pth")
-        safe_pickle.check_torch_file(content, name)
+        archive = safe_pickle.repack_torch_file(content, name)
         try:
-            saved = th.load(content, map_location=device, weights_only=False, pickle_module=safe_pickle)
+            saved = th.load(archive, map_location=device, weights_only=False, pickle_module=safe_pickle)
         except safe_pickle.RefusedError as error:
             raise safe_pickle.RefusedError(safe_pickle.refusal(f"network in {name}", str(error))) from None
         model = cls(**saved["data"])

@@ -11,6 +11,7 @@ See https://docs.python.org/3/library/pickle.html#restricting-globals.
 
 import base64
 import binascii
+import enum
 import importlib
 import io
 import json
@@ -115,7 +116,7 @@ def _torch_dtype() -> type:
 class _Array:
     """``numpy.ndarray`` as an argument; to call it could make an array of objects from any memory."""
 
-    def __init__(self, *args: Any) -> None:
+    def __new__(cls, *args: Any) -> "_Array":
         raise RefusedError("a call of numpy.ndarray")
 
 
@@ -136,7 +137,8 @@ def _plain_dtype(*args: Any) -> np.dtype:
 
 def _describes(state: Any, dtype: np.dtype) -> bool:
     """Whether a pickled state, (version, order, sub-array, names, fields, size, alignment, flags), is one of this dtype."""
-    return isinstance(state, tuple) and len(state) >= 8 and state[2:5] == (None, None, None) and state[7] == dtype.flags
+    described = (None, None, None, *((dtype.itemsize, dtype.alignment) if dtype.kind in "SUV" else (-1, -1)), dtype.flags)
+    return isinstance(state, tuple) and state[2:8] == described
 
 
 STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -146,6 +148,9 @@ STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch.storage", "_load_from_bytes"): _load_storage,
 }
 """What takes the place of functions that believe what a file says."""
+
+SHARED = (type, enum.Enum, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
+"""What exists once in a process, whoever refers to it."""
 
 
 class AllowListUnpickler(pickle._Unpickler):  # the one in Python: in that in C, BUILD cannot be overridden
@@ -159,8 +164,8 @@ class AllowListUnpickler(pickle._Unpickler):  # the one in Python: in that in C,
 
     def load_build(self) -> None:
         state, built = self.stack[-1], self.stack[-2]
-        if isinstance(built, (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)):
-            raise RefusedError(f"a change of {built.__name__}")
+        if isinstance(built, SHARED):
+            raise RefusedError(f"a change of {getattr(built, '__name__', built)}")
         if isinstance(built, np.dtype) and not _describes(state, built):
             raise RefusedError(f"a change of the dtype {built}")
         super().load_build()  # type: ignore[misc]
@@ -190,14 +195,16 @@ def load(file: IO[bytes], what: str = "file") -> Any:
         raise ValueError(f"The {what} cannot be read: it is truncated, damaged or something else ({reason}).") from error
 
 
-def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = (), trusted: bool = False) -> dict[str, Any]:
-    """Check that a file is a model saved by Stable-Baselines3 and that reading it runs no code of its own.
+def read_model(
+    file: IO[bytes], name: str, custom_objects: Collection[str] = (), trusted: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a model saved by Stable-Baselines3, except for its tensors, without running code of its own.
 
     :param file: The zip archive
     :param name: Its name, for errors
     :param custom_objects: Members that the caller replaces: they are not read
-    :param trusted: Check only that it is a saved model
-    :return: Its members by name, as JSON
+    :param trusted: Leave pickled members to Stable-Baselines3
+    :return: All members by name, as JSON, and those among them that are pickled, as what they hold
     :raises RefusedError: where a member refers to anything that is not on the list
     :raises ValueError: where the file is not a saved model
     """
@@ -218,8 +225,9 @@ def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = ()
         raise ValueError(f"{name} is not a saved model: its 'data' is not JSON ({error}).") from error
     if not isinstance(data, dict):
         raise ValueError(f"{name} is not a saved model: its 'data' is not a JSON object.")
+    objects: dict[str, Any] = {}
     if trusted:
-        return data
+        return data, objects
     if "env" in data:
         # SB3 saves none, but would make one from its name, which may name any module to import.
         raise RefusedError(f"{name} brings an environment, {data['env']!r}. {TRUST}.")
@@ -230,30 +238,38 @@ def check_model(file: IO[bytes], name: str, custom_objects: Collection[str] = ()
             except (TypeError, binascii.Error) as error:
                 raise ValueError(f"{name} is damaged: its member '{member}' is not base64.") from error
             try:
-                load(io.BytesIO(content), f"member '{member}' of {name}")
+                objects[member] = load(io.BytesIO(content), f"member '{member}' of {name}")
             except RefusedError as error:
                 if member != "policy_class":
                     raise
                 raise RefusedError(
                     f"{error} The policy is none of sb3_rfm: perhaps another algorithm saved the file."
                 ) from None
-    return data
+    return data, objects
 
 
-def check_torch_file(file: IO[bytes], name: str) -> None:
-    """Check that a file is what ``torch.save`` writes: an archive of one pickle and tensors.
+def repack_torch_file(file: IO[bytes], name: str) -> io.BytesIO:
+    """What ``torch.save`` wrote, an archive of one pickle and tensors, as an archive of ours.
 
-    :param file: The file; it is at its beginning afterwards
+    PyTorch has a reader of its own for archives. Given the file as it is, it might find in it what this one does not.
+
+    :param file: The file
     :param name: Its name, for errors
-    :raises ValueError: for anything else; TorchScript, which ``torch.load`` would run, is refused too
+    :return: The same members
+    :raises ValueError: for any other file; TorchScript, which ``torch.load`` would run, is refused too
     """
-    if not zipfile.is_zipfile(file):
-        raise ValueError(f"{name} was not written by torch.save, or it is truncated.")
-    with zipfile.ZipFile(file) as archive:
-        members = {name.rpartition("/")[2] for name in archive.namelist()}
-    if "data.pkl" not in members or "constants.pkl" in members:
-        raise ValueError(f"{name} does not hold a network saved by Stable-Baselines3.")
-    file.seek(0)
+    repacked = io.BytesIO()
+    try:
+        with zipfile.ZipFile(file) as old, zipfile.ZipFile(repacked, "w") as new:
+            members = {member.rpartition("/")[2] for member in old.namelist()}
+            if "data.pkl" not in members or "constants.pkl" in members:
+                raise ValueError(f"{name} does not hold a network saved by Stable-Baselines3.")
+            for member in old.namelist():
+                new.writestr(member, old.read(member))
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{name} was not written by torch.save, or it is truncated ({error}).") from error
+    repacked.seek(0)
+    return repacked
 
 
 def refusal(what: str, reference: str) -> str:

@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> bool:
                     process.kill()
                     process.join()
                     kills += 1
-                    unfinished += any(folder.glob(".*.unfinished"))
+                    unfinished += any(folder.glob(".*.zip"))
                 elif process.exitcode != 0:
                     print(f"A run failed with exit code {process.exitcode}.")
                     return False
@@ -136,7 +136,7 @@ def wait_for_a_random_moment(process: BaseProcess, folder: Path) -> None:
             seen |= now
             last, interval = time.monotonic(), time.monotonic() - last
     if random.random() < 1 / 3:
-        while process.is_alive() and not any(folder.glob(".*.unfinished")):
+        while process.is_alive() and not any(folder.glob(".*.zip")):
             time.sleep(0.0001)
     else:
         time.sleep(random.uniform(0, interval))

@@ -25,7 +25,7 @@ from sb3_rfm import RFM
 from sb3_rfm.benchmark import cases, cost, figures, records, report, speed, statistics
 from sb3_rfm.benchmark.__main__ import main, make_parser, planned
 from sb3_rfm.benchmark.cases import Sizes
-from sb3_rfm.benchmark.files import replacing, write_text
+from sb3_rfm.files import replacing, write_text
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, find_runs, git_commit
 from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.runner import LocalEngine, Sweep, plan

@@ -1,13 +1,16 @@
 """Saving, loading and resuming: the same policy comes back, no code of the file runs, and a killed run goes on."""
 
 import base64
+import contextlib
 import io
 import itertools
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
+import uuid
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
+from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 from tiny import TINY
@@ -222,6 +226,21 @@ def test_a_malicious_model_runs_nothing(tmp_path: Path) -> None:
     assert target.exists()
 
 
+def test_members_of_a_model_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was checked is what is used: another reader might see something else in the same bytes."""
+    model = RFM("MlpPolicy", "Pendulum-v1", learning_rate=LinearSchedule(1e-3, 1e-4, 1.0), **TINY).learn(20)
+    model.save(tmp_path / "model.zip")
+
+    def refuse(content: bytes) -> Any:
+        raise AssertionError("unpickled without a check")
+
+    monkeypatch.setattr("stable_baselines3.common.save_util.cloudpickle.loads", refuse)
+    loaded = RFM.load(tmp_path / "model.zip")
+    assert loaded.lr_schedule(0.5) == model.lr_schedule(0.5) == 5.5e-4
+    with pytest.raises(AssertionError, match="without a check"):
+        RFM.load(tmp_path / "model.zip", trusted=True)
+
+
 def test_a_model_imports_no_environment(tmp_path: Path) -> None:
     RFM("MlpPolicy", "Pendulum-v1", **TINY).save(tmp_path / "model.zip")
     with zipfile.ZipFile(tmp_path / "model.zip", "a") as archive:
@@ -258,6 +277,50 @@ def test_a_malicious_policy_or_buffer_runs_nothing(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="system"):
         model.load_replay_buffer(tmp_path / "buffer.pkl")
     assert not target.exists()
+
+
+class Script(th.nn.Module):
+    """A file is written when it is loaded."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self) -> None:
+        pass
+
+    @th.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.target, self.training
+
+    @th.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.target, self.training = state
+        th.save(th.zeros(1), self.target)
+
+
+def test_a_script_in_disguise_is_not_run(tmp_path: Path) -> None:
+    """An archive with two directories: Python reads the one at its end, PyTorch the one that its last record names."""
+    target = tmp_path / "boom"
+    file = io.BytesIO()
+    with pytest.warns(DeprecationWarning):
+        th.jit.save(th.jit.script(Script(str(target))), file)
+    content = file.getvalue()
+    end = content.rindex(b"PK\x05\x06")
+    size, start = struct.unpack("<II", content[end + 12 : end + 20])
+    directory = content[start : start + size]
+    # PyTorch's end is in the 64-bit format, of which this has no need.
+    last = b"PK\x05\x06" + content[end + 4 : end + 12] + struct.pack("<IIH", size, start, 0)
+    disguised = directory.replace(b"constants.pkl", b"something.pkl")
+    (tmp_path / "policy").write_bytes(content[:start] + directory + disguised + last)
+    names = zipfile.ZipFile(tmp_path / "policy").namelist()
+    assert not any(name.endswith("constants.pkl") for name in names)
+    with pytest.raises(ValueError, match="policy was not written by torch.save"):
+        FlowPolicy.load(str(tmp_path / "policy"))
+    assert not target.exists()
+    with pytest.warns(UserWarning, match="TorchScript"), contextlib.suppress(Exception):
+        th.load(tmp_path / "policy", weights_only=False)
+    assert target.exists(), "PyTorch runs it"
 
 
 def test_a_malicious_tensor_runs_nothing(tmp_path: Path) -> None:
@@ -328,12 +391,16 @@ class Forged:
         (b"csb3_rfm.checkpoint\npadded\nN}V__defaults__\n)s\x86b.", "a change of padded"),
         # Arrays of objects out of any bytes: reading them would follow an address from the file.
         (pickle.dumps(Forged(np.ndarray, ((1,), np.dtype(object), bytearray(8)))), "a call of numpy.ndarray"),
+        (b"\x80\x04cnumpy\nndarray\n(K\x01\x85\x8c\x01OC\x08AAAAAAAAt\x81.", "a call of numpy.ndarray"),  # by __new__
         (pickle.dumps(Forged(np.dtype, ([("a", "O")],))), "the dtype"),
         (
             pickle.dumps(Forged(np.dtype, ("V8",), (3, "|", None, ("a",), {"a": (np.dtype(object), 0)}, 8, 1, 0))),
             "a change of the dtype",
         ),
         (pickle.dumps(Forged(np.dtype, ("f8",), (3, "<", None, None, None, -1, -1, 63))), "a change of the dtype"),
+        (pickle.dumps(Forged(np.dtype, ("V8",), (3, "|", None, None, None, 800, 1, 0))), "a change of the dtype"),
+        # A value that every model in the process shares.
+        (pickle.dumps(Forged(TrainFrequencyUnit, ("step",), {"_value_": "episode"})), "a change of TrainFrequencyUnit.STEP"),
     ],
 )
 def test_a_file_changes_nothing_but_what_it_builds(content: bytes, refused: str) -> None:
@@ -562,6 +629,33 @@ def test_resume_finds_checkpoints_of_any_name(tmp_path: Path) -> None:
     model.learn(20, callback=[RunCheckpoint(20, tmp_path, "mine"), CheckpointCallback(15, str(tmp_path))])
     model.save(tmp_path / "other_99_steps.zip")
     assert RFM.resume(tmp_path).num_timesteps == 20
+
+
+def test_resume_tells_runs_in_a_folder_apart(tmp_path: Path) -> None:
+    for name, steps in (("a", 20), ("a_2", 40)):
+        RFM("MlpPolicy", "Pendulum-v1", **TINY).learn(steps, callback=RunCheckpoint(20, tmp_path, name))
+    with pytest.raises(ValueError, match=r"several runs.*\['a', 'a_2'\]"):
+        RFM.resume(tmp_path)
+    assert [RFM.resume(tmp_path, name_prefix=name).num_timesteps for name in ("a", "a_2")] == [20, 40]
+    with pytest.raises(FileNotFoundError, match="no checkpoint of 'b'"):
+        RFM.resume(tmp_path, name_prefix="b")
+
+
+def test_checkpoints_that_were_not_finished_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A process that was killed leaves its own; another run's may be under way.
+    left_over, others = (tmp_path / f".{uuid.uuid4().hex}.{name}_10_steps.zip" for name in ("a", "a_2"))
+    left_over.touch()
+    others.touch()
+    RFM("MlpPolicy", "Pendulum-v1", **TINY).learn(20, callback=RunCheckpoint(20, tmp_path, "a"))
+    assert set(tmp_path.iterdir()) == {others, tmp_path / "a_20_steps.zip"}
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("sb3_rfm.checkpoint._BufferPickler.dump", full)
+    with pytest.raises(OSError, match="No space"):
+        RFM("MlpPolicy", "Pendulum-v1", **TINY).learn(20, callback=RunCheckpoint(20, tmp_path, "b"))
+    assert set(tmp_path.iterdir()) == {others, tmp_path / "a_20_steps.zip"}
 
 
 def test_action_noise_is_made_for_more_environments(tmp_path: Path) -> None:

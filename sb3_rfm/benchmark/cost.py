@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from sb3_rfm import RFM
 from sb3_rfm.benchmark.cases import LONG_RUN, Sizes, StopAfter, build
 from sb3_rfm.benchmark.figures import COLORS, tidy
-from sb3_rfm.benchmark.files import write_figure, write_json, write_text
+from sb3_rfm.files import write_figure, write_json, write_text
 from sb3_rfm.benchmark.speed import Conditions, seconds_per_call
 from sb3_rfm.benchmark.tables import markdown
 

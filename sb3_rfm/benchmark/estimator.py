@@ -25,7 +25,7 @@ from pathlib import Path
 from sb3_rfm.benchmark.densities import Density, densities, trained_critics, trained_model
 from sb3_rfm.benchmark.estimator_errors import KINDS, LINE, NEGLIGIBLE, PLAIN, equivalent, measure
 from sb3_rfm.benchmark.estimator_in_use import race, regression, rounding
-from sb3_rfm.benchmark.files import write_figure, write_text
+from sb3_rfm.files import write_figure, write_text
 from sb3_rfm.benchmark.tables import Row, save, write_csv
 from sb3_rfm.execution import keep_freed_memory
 

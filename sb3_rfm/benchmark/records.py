@@ -27,7 +27,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sb3_rfm.benchmark.files import read_json, write_json, write_text
+from sb3_rfm.files import read_json, write_json, write_text
 
 PACKAGES = ("sb3_rfm", "torch", "numpy", "gymnasium", "stable_baselines3", "sb3_contrib", "mujoco", "dm_control", "shimmy")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sb3_rfm.benchmark.files import write_text
+from sb3_rfm.files import write_text
 from sb3_rfm.benchmark.records import find_runs
 
 RUN = ["env_id", "algo", "seed"]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sb3_rfm.benchmark.files import write_text
+from sb3_rfm.files import write_text
 
 Row = dict[str, Any]
 """One measurement, by column."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,21 @@ def replacing(file: Path) -> Iterator[Path]:
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())  # a machine that crashes may otherwise keep the new name without the content
         temporary.replace(file)
+        if os.name == "posix":  # the new name, too, is only certain to survive a crash once the folder is on the disk
+            folder = os.open(file.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path, name: str) -> None:
+    """Remove what a killed process had written of files in a folder, by a regular expression of their names."""
+    for path in folder.iterdir():
+        if re.fullmatch(rf"\.[0-9a-f]{{32}}\.{name}", path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
