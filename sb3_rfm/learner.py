@@ -3,7 +3,7 @@
 A batch's way through it:
 
     replay buffer → actions of the policy at the next states → critic target → loss of the critics → step → target critic
-                    these actions, or replayed ones → x_t on the path → posterior mean of the Boltzmann policy
+                    these actions and replayed ones → x_t on the path → posterior mean of the Boltzmann policy
                                                                       → loss of the flow → step
 
 The policy aimed at is ``pi(a|s) ∝ exp(Q(s, a) / temperature)``. In the latent ``u = atanh(a)`` its log-density is
@@ -33,6 +33,9 @@ RegressionTarget = Callable[[LogProb, Tensor, Tensor, Tensor], PosteriorMean]
 """What the flow is regressed on, given the log-density of the Boltzmann policy in the latent, points ``x_t`` of the path,
 (B, D), their times, (B,), and the flow's own prediction of the data mean there, (B, D)."""
 
+REPLAYED_SHARE = 8
+"""With ``proposal="policy"``, one row in so many is regressed at its own state: the first state of an episode is nobody's next."""
+
 
 class Inputs(NamedTuple):
     """What the losses take from a batch."""
@@ -57,7 +60,8 @@ class Learner:
     :param policy: The flow, the critics and the target critics
     :param posterior_mean: What the flow is regressed on
     :param proposal: Where the flow is regressed, and which actions are noised for it: ``"replay"`` → states and actions of the
-        replay buffer, ``"policy"`` → their next states, with the actions of the current policy that the critic's target needs
+        replay buffer, ``"policy"`` → their next states, with the actions of the current policy that the critic's target needs,
+        but for the rows of :meth:`replayed_rows`
     :param weighting: How much an error counts in each dimension: ``"uniform"`` → all the same, ``"gradient"`` →
         see :func:`regression_weights`
     :param n_target_particles: Particles of which one is chosen at the next states
@@ -135,7 +139,7 @@ class Learner:
         update_reward_scale(self.policy, batch.rewards, scale_temperature=share is not None)
         actions = batch.actions.float()  # a box may have another precision
         discounts = th.full_like(batch.rewards, gamma) if batch.discounts is None else batch.discounts
-        inputs = self.inputs(batch.observations, actions, batch.next_observations)
+        inputs = self.inputs(batch.observations, actions, batch.next_observations, batch.dones)
         targets = batch.rewards.flatten() + ((1 - batch.dones) * discounts).flatten() * inputs.next_q
         critic_gradients = partial(self._run_critic_gradients, inputs.critic_features, actions, targets)
         actor_gradients = partial(self.run_actor_gradients, inputs.actor_features, inputs.value_features, inputs.x_1)
@@ -157,28 +161,41 @@ class Learner:
         self.metric_names = list(metrics)
         return th.stack(list(metrics.values()))
 
-    def inputs(self, observations: Any, actions: Tensor, next_observations: Any) -> Inputs:
+    def inputs(self, observations: Any, actions: Tensor, next_observations: Any, dones: Tensor) -> Inputs:
         """Features, actions of the policy, and where the flow is regressed.
 
         :param observations: Of a batch of transitions
         :param actions: (B, D), in [-1, 1]
         :param next_observations: Of the same transitions
+        :param dones: 1 where a transition ended its episode, (B, 1)
         """
-        on_policy = self.proposal == "policy"
-        if on_policy:
-            critic_features = self.critic.features(observations)
-            actor_features, value_features = self.policy.features(next_observations)
-            next_actor_features = actor_features.detach()
-        else:
-            actor_features, critic_features = self.policy.features(observations)
-            value_features = critic_features
-            with th.no_grad():
-                next_actor_features = self.actor.features(next_observations)
         with th.no_grad():
+            next_actor_features = self.actor.features(next_observations)
             next_critic_features = self.critic_target.features(next_observations)
         next_latents, next_q, metrics = self._run_next_actions(next_actor_features, next_critic_features)
-        x_1 = next_latents if on_policy else unsquash(actions)
-        return Inputs(critic_features, next_q, actor_features, value_features.detach(), x_1, metrics)
+        x_1 = unsquash(actions)
+        if self.proposal == "replay":
+            actor_features, critic_features = self.policy.features(observations)
+            return Inputs(critic_features, next_q, actor_features, critic_features.detach(), x_1, metrics)
+        replayed = self.replayed_rows(dones)
+        states, x_1 = _choose(replayed, observations, next_observations), _choose(replayed, x_1, next_latents)
+        critic_features, actor_features = self.critic.features(observations), self.actor.features(states)
+        with th.no_grad():
+            is_shared = self.policy.share_features_extractor
+            value_features = actor_features.detach() if is_shared else self.critic.features(states)
+        return Inputs(critic_features, next_q, actor_features, value_features, x_1, metrics)
+
+    def replayed_rows(self, dones: Tensor) -> Tensor:
+        """Rows of a batch whose own state and action are taken where the others' next state and the policy's action there are.
+
+        No target says what Q is after the end of an episode, and nothing else tells the flow what to do at its beginning. The
+        rows lie all over the batch, and are those of all critics (:meth:`QCritic.split_q`).
+
+        :param dones: 1 where a transition ended its episode, (B, 1)
+        :return: (B,), bool
+        """
+        row = th.arange(len(dones), device=dones.device)
+        return (row // self.critic.n_critics % REPLAYED_SHARE == 0) | (dones.flatten() > 0)
 
     @th.no_grad()
     def next_actions(self, actor_features: Tensor, critic_features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -292,6 +309,13 @@ def regression_weights(log_prob: LogProb, prediction: Tensor, spread: float = 0.
     _, gradient = value_and_gradient(log_prob, point)
     root = gradient.abs().clamp(min=th.finfo(gradient.dtype).tiny).sqrt()
     return root / root.mean(1, keepdim=True)
+
+
+def _choose(mask: Tensor, chosen: Any, others: Any) -> Any:
+    """Rows of one batch where ``mask`` says so, (B,), and of another elsewhere: tensors (B, ...) or dictionaries of them."""
+    if isinstance(chosen, dict):
+        return {key: _choose(mask, value, others[key]) for key, value in chosen.items()}
+    return th.where(mask.view(-1, *[1] * (chosen.dim() - 1)), chosen, others)
 
 
 def _running_statistics(critic: QCritic) -> list[Tensor]:

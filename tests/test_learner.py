@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -34,15 +35,15 @@ def make(**kwargs: Any) -> RFM:
     return RFM("MlpPolicy", "Pendulum-v1", **TINY | kwargs)
 
 
-def transitions() -> SimpleNamespace:
-    """Two, of which the second ends its episode."""
+def transitions(n: int = 2) -> SimpleNamespace:
+    """Some, of which the last ends its episode."""
     th.manual_seed(0)
     return SimpleNamespace(
-        observations=th.randn(2, 3),
-        actions=1.6 * th.rand(2, 1) - 0.8,
-        next_observations=th.randn(2, 3),
-        rewards=th.tensor([[1.0], [5.0]]),
-        dones=th.tensor([[0.0], [1.0]]),
+        observations=th.randn(n, 3),
+        actions=1.6 * th.rand(n, 1) - 0.8,
+        next_observations=th.randn(n, 3),
+        rewards=th.tensor([*[[1.0]] * (n - 1), [5.0]]),
+        dones=th.tensor([*[[0.0]] * (n - 1), [1.0]]),
         discounts=None,
     )
 
@@ -81,24 +82,61 @@ def test_critics_are_regressed_on_the_smaller_target_value(n_target_particles: i
 @pytest.mark.parametrize("share", [False, True])
 def test_the_flow_is_regressed_where_the_proposal_says(share: bool) -> None:
     kwargs = {"features_extractor_class": LinearExtractor, "share_features_extractor": share}
-    batch = transitions()
-    for proposal, observations in (("replay", batch.observations), ("policy", batch.next_observations)):
+    batch = transitions(20)
+    # Two rows in sixteen, one for each critic, and the last transition, which ends its episode.
+    own = {"replay": th.ones(20, dtype=th.bool), "policy": th.tensor([row in (0, 1, 16, 17, 19) for row in range(20)])}
+    for proposal, replayed in own.items():
         model = make(
             proposal=proposal, n_target_particles=1, precision="float32", policy_kwargs=TINY["policy_kwargs"] | kwargs
         )
+        observations = th.where(replayed[:, None], batch.observations, batch.next_observations)
         th.manual_seed(0)
-        inputs = model._learner.inputs(batch.observations, batch.actions, batch.next_observations)
+        inputs = model._learner.inputs(batch.observations, batch.actions, batch.next_observations, batch.dones)
         th.manual_seed(0)
-        drawn = model.actor.sample_latents(model.actor.features(batch.next_observations), model.actor.draw_noise(2, 1))[:, 0]
+        drawn = model.actor.sample_latents(model.actor.features(batch.next_observations), model.actor.draw_noise(20, 1))[:, 0]
         encoded = model.critic_target.encode(model.critic_target.features(batch.next_observations))
         next_q = model.critic_target.min_q(encoded, squash(drawn))
-        th.testing.assert_close(inputs.x_1, drawn if proposal == "policy" else unsquash(batch.actions))
+        th.testing.assert_close(inputs.x_1, th.where(replayed[:, None], unsquash(batch.actions), drawn))
         th.testing.assert_close(inputs.actor_features, model.actor.features(observations))
         th.testing.assert_close(inputs.value_features, model.critic.features(observations))
         th.testing.assert_close(inputs.critic_features, model.critic.features(batch.observations))
         th.testing.assert_close(inputs.next_q, next_q)
         features = inputs.actor_features, inputs.critic_features, inputs.value_features
         assert [tensor.requires_grad for tensor in features] == [True, not share, False]
+
+
+class OneDecision(gym.Env):
+    """The first of ``n_steps`` actions is worth ``-(a - goal)^2``, and the first observation shows the goal, 0.5 or -0.5.
+
+    :param n_steps: Length of an episode
+    """
+
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, n_steps: int) -> None:
+        self.n_steps = n_steps
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.goal, self.step_number = float(self.np_random.choice([-0.5, 0.5])), 0
+        return np.array([self.goal, 0], np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.step_number += 1
+        reward = -float((action[0] - self.goal) ** 2) if self.step_number == 1 else 0.0
+        return np.array([0, 1], np.float32), reward, self.step_number == self.n_steps, False, {}
+
+
+@pytest.mark.parametrize("n_steps", [1, 2])
+def test_the_first_action_of_an_episode_is_learned(n_steps: int) -> None:
+    """No transition leads to the first observation, where the only action that matters is taken."""
+    arguments = {"policy_kwargs": {"net_arch": [64, 64]}, "execution": "eager", "precision": "float32", "seed": 0}
+    model = RFM("MlpPolicy", OneDecision(n_steps), **arguments, device="cpu").learn(500 * n_steps)
+    actions, _ = model.predict(np.repeat([[-0.5, 0], [0.5, 0]], 200, axis=0))
+    low, high = actions[:200], actions[200:]
+    assert abs(low.mean() + 0.5) < 0.2 and abs(high.mean() - 0.5) < 0.2
+    assert max(low.std(), high.std()) < 0.3
 
 
 @pytest.mark.parametrize("path", ["cond_ot", "cosine"])
@@ -273,7 +311,8 @@ def test_a_shared_extractor_sees_an_observation_once(share: bool, proposal: str,
     forward = LinearExtractor.forward
     monkeypatch.setattr(LinearExtractor, "forward", lambda self, obs: calls.append(len(obs)) or forward(self, obs))
     model.train(1, 16)
-    assert calls == [16] * (3 if share else 4)  # the target critic has its own
+    # The target critic has its own; some rows are regressed at another observation than the one actions are drawn at.
+    assert calls == [16] * (3 + (not share) + (proposal == "policy"))
     calls.clear()
     model.predict(model.observation_space.sample(), deterministic=False)
     assert calls == [1] * (1 if share else 2)

@@ -60,7 +60,7 @@ class FlowFollower:
         self.parameters = list(self.policy.actor.network.parameters())
 
     def train(self, batch: Any) -> None:
-        inputs = self.learner.inputs(batch.observations, batch.actions.float(), batch.next_observations)
+        inputs = self.learner.inputs(batch.observations, batch.actions.float(), batch.next_observations, batch.dones)
         result = self.learner.run_actor_gradients(inputs.actor_features, inputs.value_features, inputs.x_1)
         step(self.policy.actor.optimizer, self.parameters, result.parameters, max_grad_norm=None)
 
