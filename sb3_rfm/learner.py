@@ -34,7 +34,7 @@ RegressionTarget = Callable[[LogProb, Tensor, Tensor, Tensor], PosteriorMean]
 (B, D), their times, (B,), and the flow's own prediction of the data mean there, (B, D)."""
 
 REPLAYED_SHARE = 8
-"""With ``proposal="policy"``, one row in so many is regressed at its own state: the first state of an episode is nobody's next."""
+"""With ``proposal="policy"``, one row in so many is regressed at its own state: no transition leads to an episode's first."""
 
 
 class Inputs(NamedTuple):

@@ -25,12 +25,12 @@ from sb3_rfm import RFM
 from sb3_rfm.benchmark import cases, cost, figures, records, report, speed, statistics
 from sb3_rfm.benchmark.__main__ import main, make_parser, planned
 from sb3_rfm.benchmark.cases import Sizes
-from sb3_rfm.files import replacing, write_text
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, find_runs, git_commit
 from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.runner import LocalEngine, Sweep, plan
 from sb3_rfm.benchmark.suites import DMC8, SETTINGS, get_algorithm, get_setting, get_tasks, make_env, parse_overrides
 from sb3_rfm.benchmark.worker import BUSY, STOPPED, Evaluator, Recorder, build_model, run
+from sb3_rfm.files import replacing, write_text
 
 # Statistics
 

@@ -315,7 +315,7 @@ def test_a_script_in_disguise_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "policy").write_bytes(content[:start] + directory + disguised + last)
     names = zipfile.ZipFile(tmp_path / "policy").namelist()
     assert not any(name.endswith("constants.pkl") for name in names)
-    with pytest.raises(ValueError, match="policy was not written by torch.save"):
+    with pytest.raises(ValueError, match="policy was not written by"):
         FlowPolicy.load(str(tmp_path / "policy"))
     assert not target.exists()
     with pytest.warns(UserWarning, match="TorchScript"), contextlib.suppress(Exception):

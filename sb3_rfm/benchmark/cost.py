@@ -22,9 +22,9 @@ from torch.utils.flop_counter import flop_registry
 from sb3_rfm import RFM
 from sb3_rfm.benchmark.cases import LONG_RUN, Sizes, StopAfter, build
 from sb3_rfm.benchmark.figures import COLORS, tidy
-from sb3_rfm.files import write_figure, write_json, write_text
 from sb3_rfm.benchmark.speed import Conditions, seconds_per_call
 from sb3_rfm.benchmark.tables import markdown
+from sb3_rfm.files import write_figure, write_json, write_text
 
 AXES: dict[str, tuple[str, list[int]]] = {
     "n_candidates": ("candidates K", [4, 16, 32, 64, 128, 256]),

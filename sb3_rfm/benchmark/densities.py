@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sb3_rfm.actors import boltzmann_log_prob
-from sb3_rfm.files import replacing
 from sb3_rfm.control_variates import weighted_mean
+from sb3_rfm.files import replacing
 from sb3_rfm.paths import CondOTPath
 from sb3_rfm.posterior import PosteriorMeanEstimator
 

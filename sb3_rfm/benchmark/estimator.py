@@ -25,9 +25,9 @@ from pathlib import Path
 from sb3_rfm.benchmark.densities import Density, densities, trained_critics, trained_model
 from sb3_rfm.benchmark.estimator_errors import KINDS, LINE, NEGLIGIBLE, PLAIN, equivalent, measure
 from sb3_rfm.benchmark.estimator_in_use import race, regression, rounding
-from sb3_rfm.files import write_figure, write_text
 from sb3_rfm.benchmark.tables import Row, save, write_csv
 from sb3_rfm.execution import keep_freed_memory
+from sb3_rfm.files import write_figure, write_text
 
 TIMES = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
 CANDIDATES = (8, 16, 32, 128, 500)

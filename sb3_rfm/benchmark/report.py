@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 
 from sb3_rfm.benchmark import figures, statistics
 from sb3_rfm.benchmark.caveats import caveats, listed, settings_of
-from sb3_rfm.files import write_figure, write_text
 from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.statistics import Estimate
 from sb3_rfm.benchmark.suites import short
+from sb3_rfm.files import write_figure, write_text
 
 
 def final_table(results: Results) -> pd.DataFrame:

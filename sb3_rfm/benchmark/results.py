@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sb3_rfm.files import write_text
 from sb3_rfm.benchmark.records import find_runs
+from sb3_rfm.files import write_text
 
 RUN = ["env_id", "algo", "seed"]
 """What tells runs apart."""

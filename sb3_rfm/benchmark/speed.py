@@ -20,9 +20,9 @@ from stable_baselines3.common.utils import get_device
 
 from sb3_rfm.benchmark.cases import LONG_RUN, Sizes, StopAfter, build
 from sb3_rfm.benchmark.figures import COLORS, tidy
-from sb3_rfm.files import write_figure, write_json, write_text
 from sb3_rfm.benchmark.records import provenance
 from sb3_rfm.benchmark.tables import markdown
+from sb3_rfm.files import write_figure, write_json, write_text
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 
 REFERENCE = "sac"
