@@ -1,17 +1,20 @@
 """Checks of what users pass: each error says what was wrong and what was expected."""
 
+import copy
 import inspect
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_rfm.checks import check_integer, is_number
 from sb3_rfm.control_variates import check_coefficient
@@ -109,7 +112,12 @@ def check_flow(model: "FlowActorCritic", policy_type: type[BasePolicy]) -> None:
     if misplaced := sorted(model.policy_kwargs.keys() & sampling.keys()):
         raise ValueError(f"policy_kwargs must not have {', '.join(misplaced)}: pass it to {name} itself.")
     get_path(model.path)
-    check_sampler(model.sampler, get_source(model.source))
+    source = get_source(model.source)
+    check_sampler(model.sampler, source)
+    try:
+        copy.deepcopy(source).sample((1, get_action_dim(model.action_space)), torch.empty(0), torch.Generator())
+    except AssertionError as error:  # PyTorch's own of Gumbel, for instance
+        raise ValueError(f"source={model.source} cannot be copied, and no model with it could be saved ({error}).") from error
     check_execution(model.execution, model.precision)
 
 
@@ -172,7 +180,7 @@ def check_observation(observation: Any, space: spaces.Space) -> None:
     :param space: Observation space of the policy
     :raises ValueError: for other entries of a dictionary, and for numbers that are not finite
     """
-    if isinstance(observation, tuple):
+    if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], Mapping):
         return  # what `reset` of Gymnasium returns; SB3 explains it
     if isinstance(space, spaces.Dict):
         keys = set(observation) if isinstance(observation, Mapping) else {type(observation).__name__}

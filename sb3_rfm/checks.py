@@ -31,7 +31,8 @@ def check_points(x_t: Tensor, t: Tensor, guess: Tensor | None) -> None:
     :param x_t: Points, (B, D)
     :param t: Their times, (B,)
     :param guess: A guess of the data mean there, (B, D)
-    :raises ValueError: for what is no finite tensor of these shapes and of one dtype, and for times outside (0, 1)
+    :raises ValueError: for what is no finite tensor of these shapes, of one dtype and on one device, and for times outside
+        (0, 1)
     """
     inputs: dict[str, Any] = {"x_t": x_t, "t": t} | ({} if guess is None else {"guess": guess})
     for name, value in inputs.items():
@@ -44,6 +45,9 @@ def check_points(x_t: Tensor, t: Tensor, guess: Tensor | None) -> None:
         raise ValueError(f"t must have shape (B,) = ({x_t.shape[0]},) to match x_t, got {tuple(t.shape)}.")
     if guess is not None and guess.shape != x_t.shape:
         raise ValueError(f"guess must have the shape of x_t, {tuple(x_t.shape)}, got {tuple(guess.shape)}.")
+    for name, value in inputs.items():
+        if value.device != x_t.device:
+            raise ValueError(f"{name} must be on the device of x_t, {x_t.device}, got {value.device}.")
     outside = ~((t > 0) & (t < 1))
     if outside.any():
         raise ValueError(

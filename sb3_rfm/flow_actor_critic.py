@@ -55,6 +55,10 @@ RELABELLED = (
 NOT_LEARNED = (
     "The environment returned it. Nothing was learned from it: the weights and the replay buffer are as before this step."
 )
+AVERAGED = (
+    "VecNormalize averages all that it sees, and its statistics are lost with the first such number, now or before: go on with "
+    "a new one, or with what VecNormalize.load reads."
+)
 
 
 class FlowActorCritic(PersistentAlgorithm):
@@ -94,7 +98,8 @@ class FlowActorCritic(PersistentAlgorithm):
         step near its end)
     :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
     :param proposal: What is noised to the points ``x_t`` of the regression: ``"policy"`` → actions of the current policy at
-        the next states, which are drawn for the critic's target; ``"replay"`` → replayed actions, at their own states
+        the next states, which are drawn for the critic's target, and an eighth of replayed ones, at their own states, so that
+        the first of an episode is among them and none after its end; ``"replay"`` → replayed actions alone
     :param weighting: How much an error of the flow counts in each dimension: ``"uniform"`` → all the same, as in the papers;
         ``"gradient"`` → the more, the more Q changes in it, see :func:`~sb3_rfm.learner.regression_weights`
     :param n_particles: Particles drawn for a deterministic action, of which the one with the highest min Q is taken
@@ -230,7 +235,8 @@ class FlowActorCritic(PersistentAlgorithm):
         if is_default:  # that of a saved model, too, is chosen for the n_steps and gamma of now
             has_scalars = self.n_steps == 1 and scalar_keys(self.observation_space)
             self.replay_buffer_class = DictBuffer if has_scalars else None  # None: SB3 chooses
-            self.replay_buffer_kwargs = {k: v for k, v in self.replay_buffer_kwargs.items() if k not in ("n_steps", "gamma")}
+            of_then = ("n_steps", "gamma") if self._default_buffer is not None else ()
+            self.replay_buffer_kwargs = {k: v for k, v in self.replay_buffer_kwargs.items() if k not in of_then}
         super()._setup_model()
         self._default_buffer = self.replay_buffer_class if is_default else None
         self.policy.configure_sampling(
@@ -313,7 +319,10 @@ class FlowActorCritic(PersistentAlgorithm):
         self._learner.hold_learning_rate()
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
-        """Do ``gradient_steps`` updates on batches of ``batch_size`` transitions."""
+        """Do ``gradient_steps`` updates on batches of ``batch_size`` transitions.
+
+        On a GPU, their metrics are recorded by the next call, or by :meth:`dump_logs`.
+        """
         self.policy.set_training_mode(True)
         self._update_learning_rate(list(self._learner.optimizers()))
 
@@ -374,10 +383,16 @@ class FlowActorCritic(PersistentAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         """Store a transition, unless the environment returned something that would destroy the weights."""
-        check_finite("reward", reward, NOT_LEARNED)
-        check_finite("observation", new_obs, NOT_LEARNED)
-        for info in infos:
-            check_finite("observation", info.get("terminal_observation", 0.0), NOT_LEARNED)
+        try:
+            check_finite("reward", reward, NOT_LEARNED)
+            check_finite("observation", new_obs, NOT_LEARNED)
+            for info in infos:
+                check_finite("observation", info.get("terminal_observation", 0.0), NOT_LEARNED)
+        except ValueError as error:
+            self._last_obs = None  # the environments are elsewhere by now: who goes on begins an episode
+            if self._vec_normalize_env is None:
+                raise
+            raise ValueError(f"{error} {AVERAGED}") from None
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def learn(

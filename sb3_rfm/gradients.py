@@ -28,7 +28,8 @@ def trained(*tensors: T) -> list[T]:
 def differentiate(loss: Tensor, network: nn.Module, features: Tensor, metrics: dict[str, Tensor]) -> Gradients:
     """Gradients of ``loss`` with respect to the network behind the features, and to the features."""
     parameters = trained(*network.parameters())
-    gradients = list(torch.autograd.grad(loss, [*parameters, *trained(features)]))
+    wanted = [*parameters, *trained(features)]
+    gradients = list(torch.autograd.grad(loss, wanted)) if wanted else []
     return Gradients(metrics, gradients[: len(parameters)], gradients[len(parameters) :])
 
 

@@ -133,7 +133,7 @@ def run_chains(
     # The variance of all states over that of the chains' averages is 1 for stuck chains and N for independent draws.
     n_kept, _, n_chains, _ = x.shape
     spread = (x - x.mean((0, 2), keepdim=True)).square().sum(-1).mean((0, 2))
-    between = x.mean(0).var(1).sum(-1) if n_chains > 1 else spread
+    between = x.mean(0).var(1).sum(-1) if n_chains > 1 and len(x_0) else spread
     ess = n_chains * (spread / between.clamp(min=torch.finfo(x.dtype).tiny)).clamp(1, n_kept)
     return x, s, torch.where(valid.any(1), ess, torch.nan)
 

@@ -198,8 +198,8 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         states = [copy.deepcopy(vars(part)) for part in _parts(noise)]
         result = super()._setup_learn(total_timesteps, *args, **kwargs)
         is_reset = self._last_obs is not observation
-        if is_reset and isinstance(self.replay_buffer, NStepReplayBuffer):
-            checkpoint.end_trajectories(self.replay_buffer)  # else returns would run on into another episode
+        if is_reset and isinstance(self.replay_buffer, (NStepReplayBuffer, HerReplayBuffer)):
+            checkpoint.end_trajectories(self.replay_buffer)  # else returns and goals would come from another episode
         goes_on = observation is not None and not is_reset and self.num_timesteps > 0
         if goes_on and self.action_noise is noise:
             # Where the run goes on in the middle of an episode, so does the noise, which SB3 has just reset.

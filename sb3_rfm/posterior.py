@@ -160,6 +160,7 @@ class PosteriorMeanEstimator:
                 raise ValueError(NOT_DIFFERENTIABLE)
             return log_p
 
+        self.source = self.source.to(x_t.device)
         with torch.no_grad():
             candidates = self.draw(x_t, t, generator, guess)
             result = self.estimate(checked_log_prob, x_t, t, candidates, generator)

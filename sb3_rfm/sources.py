@@ -103,7 +103,7 @@ class DistributionSource(Source):
     """Any ``torch.distributions`` distribution with ``log_prob`` and support R^D.
 
     :param distribution: Either scalar (``Laplace(0, 1)``; dimensions are then independent copies of it) or a
-        distribution whose samples are vectors (D,)
+        distribution whose samples are vectors (D,); its parameters on the CPU, from where :meth:`to` moves them
     :raises ValueError: when the samples are neither scalars nor vectors, or do not cover all of R^D
     """
 
@@ -119,7 +119,8 @@ class DistributionSource(Source):
         self.mean, self.variance = self._moments()
 
     def to(self, device: torch.device | str) -> "DistributionSource":
-        return _moved(self, device)
+        assert isinstance(self.mean, Tensor)
+        return self if self.mean.device == torch.device(device) else _moved(self, device)
 
     def sample(self, shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
         own = self.distribution.batch_shape + self.distribution.event_shape

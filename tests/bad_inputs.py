@@ -24,7 +24,7 @@ from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.sac.policies import SACPolicy
 from tiny import TINY
-from torch.distributions import Exponential, Independent, Laplace, Normal
+from torch.distributions import Exponential, Gumbel, Independent, Laplace, Normal
 
 from sb3_rfm import DQS, QNE, QSM, RFM, RunCheckpoint
 from sb3_rfm.checkpoint import VERSION
@@ -156,6 +156,7 @@ ARGUMENTS = [
     *argument("coefficient", 0.0, algorithm=QSM),
     *argument("path", "straight", 3),
     *argument("source", "laplace", Exponential(1.0), Independent(Normal(th.zeros(3), 1.0), 1)),
+    Case("`source=Gumbel(0, 1)`, whose copies fail", lambda _: make(source=Gumbel(0.0, 1.0)), "cannot be copied"),
     Case("`sampler='sde', source=Laplace(0, 1)`", lambda _: make(sampler="sde", source=Laplace(0.0, 1.0)), "gaussian"),
     *argument("source", Laplace(0.0, 1.0), algorithm=QSM),
     *argument("sampler", "rk45"),
@@ -264,6 +265,7 @@ PREDICTIONS = [
     predict("what `env.reset()` returns", (np.zeros(3), {}), "tuple"),
     predict("`None`", None, "shape ()"),
     predict("NaN", BAD_VECTOR, "not finite"),
+    predict("NaN in a tuple", tuple(BAD_VECTOR.tolist()), "observation is not finite"),
     predict("infinity", np.full(3, INF), "not finite"),
     predict("a dictionary instead of an array", {"a": np.zeros(3)}, "dict", error=AssertionError),
     predict("an array instead of a dictionary", np.zeros(3), "dictionary of ['a', 'b']", DICTIONARY),

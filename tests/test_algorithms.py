@@ -15,6 +15,7 @@ from scipy import stats
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tiny import TINY
 from torch import Tensor
 from torch.distributions import Distribution, Laplace, MultivariateNormal, Normal, StudentT
@@ -243,6 +244,45 @@ def test_nothing_is_learned_from_numbers_that_are_not_finite(bad: dict[int, str]
         model.learn(10, reset_num_timesteps=False)
     assert equal(weights(model), before)
     assert model.replay_buffer.pos == position
+
+
+def test_after_a_number_that_is_not_finite_an_episode_begins() -> None:
+    class Counting(ConstantReward):
+        def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+            _, *rest = super().step(action)
+            return np.full(1, 0.1 * self.steps, np.float32), *rest
+
+    model = RFM("MlpPolicy", Counting(bad={10: "reward"}), **(TINY | {"learning_starts": 100})).learn(5)
+    with pytest.raises(ValueError, match="reward is not finite"):
+        model.learn(10, reset_num_timesteps=False)
+    model.learn(3, reset_num_timesteps=False)
+    assert model.replay_buffer.pos == 12, "the step with the number is the one that is missing"
+    np.testing.assert_allclose(model.replay_buffer.observations[8:12, 0, 0], [0.0, 0.0, 0.1, 0.2], rtol=1e-6)
+
+
+def test_lost_statistics_are_named() -> None:
+    env = VecNormalize(DummyVecEnv([lambda: ConstantReward(bad={10: "reward"})]))
+    model = RFM("MlpPolicy", env, **TINY)
+    for _ in range(2):  # the second time, the environment returns nothing but numbers
+        with pytest.raises(ValueError, match=r"reward is not finite.*VecNormalize.*lost"):
+            model.learn(20)
+
+
+def test_frozen_networks_stay_as_they_are() -> None:
+    model = RFM("MlpPolicy", ConstantReward(), **TINY)
+    for frozen, trained in ((model.actor, model.critic), (model.critic, model.actor)):
+        before = [[p.clone() for p in network.parameters()] for network in (frozen, trained)]
+        frozen.requires_grad_(False)
+        model.learn(30)
+        frozen.requires_grad_(True)
+        after = [list(network.parameters()) for network in (frozen, trained)]
+        assert all(map(th.equal, before[0], after[0]))
+        assert not any(map(th.equal, before[1], after[1]))
+
+
+def test_arguments_of_no_replay_buffer_are_refused() -> None:
+    with pytest.raises(TypeError, match="n_steps"):
+        RFM("MlpPolicy", ConstantReward(), **TINY, replay_buffer_kwargs={"n_steps": 3, "gamma": 0.9})
 
 
 def test_the_first_observation_must_be_finite_too() -> None:

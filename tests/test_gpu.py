@@ -10,10 +10,12 @@ import pytest
 import torch
 from gymnasium import spaces
 from torch import nn
+from torch.distributions import MultivariateNormal
 
 from sb3_rfm import DQS, QNE, QSM, RFM
 from sb3_rfm.execution import Executor
 from sb3_rfm.flow_actor_critic import FlowActorCritic
+from sb3_rfm.posterior import PosteriorMeanEstimator
 from sb3_rfm.recording import Recorded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -108,6 +110,14 @@ def test_what_cannot_be_recorded_runs_as_written() -> None:
         results = [run(x) for _ in range(6)]
     assert all(result.tolist() == [3.0, 3.0, 3.0] for result in results)
     assert torch.rand(2, device="cuda").shape == (2,)
+
+
+def test_sources_go_where_the_points_are() -> None:
+    estimator = PosteriorMeanEstimator(source=MultivariateNormal(torch.zeros(2), torch.eye(2)), n_candidates=64)
+    for place in ("cuda", "cpu", "cuda"):
+        x_t = torch.zeros(3, 2, device=place)
+        result = estimator(lambda x: -0.5 * x.square().sum(-1), x_t, torch.full((3,), 0.5, device=place))
+        assert result.x1.device.type == place and bool(torch.isfinite(result.x1).all())
 
 
 def test_models_move_between_gpu_and_cpu(tmp_path: Path) -> None:

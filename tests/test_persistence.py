@@ -729,6 +729,15 @@ def test_n_step_returns_end_where_the_environment_is_reset() -> None:
     assert batch.discounts[1].item() == pytest.approx(model.gamma) and not batch.dones[1]  # its value goes on
 
 
+def test_goals_come_from_the_episode_before_the_environment_is_reset() -> None:
+    env = BitFlippingEnv(n_bits=3, continuous=True, max_steps=8)
+    model = RFM("MultiInputPolicy", env, **(TINY | {"learning_starts": 100}), replay_buffer_class=HerReplayBuffer)
+    model.learn(5)
+    model.learn(20)
+    starts, lengths = model.replay_buffer.ep_start[:, 0], model.replay_buffer.ep_length[:, 0]
+    assert starts[4] + lengths[4] == 5 == starts[5]
+
+
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_noise_of_other_numbers_of_environments(tmp_path: Path, n_envs: int) -> None:
     def envs(n: int) -> DummyVecEnv:

@@ -1085,6 +1085,8 @@ def test_shapes_are_checked_and_named() -> None:
     x_t, t = normal(4, 2), times(0.5, 4)
     with pytest.raises(ValueError, match=r"t must have the dtype of x_t, torch.float64, got torch.float32"):
         estimator(MIXTURE.log_prob, x_t, t.float())
+    with pytest.raises(ValueError, match="t must be on the device of x_t, cpu, got meta"):
+        estimator(MIXTURE.log_prob, x_t, t.to("meta"))
     with pytest.raises(ValueError, match=r"x_t must have shape \(B, D\), got \(4, 2, 1\)"):
         estimator(MIXTURE.log_prob, x_t[..., None], t)
     with pytest.raises(ValueError, match=r"\(B,\) = \(4,\).*got \(3,\)"):
