@@ -56,8 +56,8 @@ NOT_LEARNED = (
     "The environment returned it. Nothing was learned from it: the weights and the replay buffer are as before this step."
 )
 AVERAGED = (
-    "VecNormalize averages all that it sees, and its statistics are lost with the first such number, now or before: go on with "
-    "a new one, or with what VecNormalize.load reads."
+    "VecNormalize averages all that it sees, and its statistics are lost with the first such number, now or before: go on "
+    "with a new one, or with what VecNormalize.load reads."
 )
 
 
