@@ -275,7 +275,7 @@ def test_more_steps_may_be_asked_for_while_a_run_begins(tmp_path: Path, monkeypa
 
     def ask_for_more() -> dict[str, Any]:
         RunFolder.create(tmp_path, spec(steps=300))
-        return {"commit": None}
+        return {"commit": None, "versions": {"sb3_rfm": "1.0"}}
 
     monkeypatch.setattr(records, "provenance", ask_for_more)
     folder.describe(arguments={})
@@ -395,7 +395,7 @@ def test_report_writes_tables_pictures_and_one_page(made_up: Path, tmp_path: Pat
     assert page.count("<img") == 5 and page.count('src="data:image/svg+xml') == 5
     assert "http" not in page and "$" not in page, "self-contained, and every place filled"
     table = (tmp_path / "final_returns.md").read_text(encoding="utf-8")
-    assert "| walker-run |" in table and "[" in table
+    assert "| walker-run |" in table and "[" in table and "As few as 2 seeds" in table
     final = report.final_table(Results.load(made_up).at(None))
     assert final.set_index(["env_id", "algo"]).loc[("Pendulum-v1", "sac"), "seeds"] == 2
     assert main(["report", str(tmp_path), "--at-step", "50", "--out", str(tmp_path / "again")]) == 0
@@ -525,6 +525,46 @@ def test_commits_are_counted_one_by_one(tmp_path: Path) -> None:
         starts = [{"at": "2026-01-01T00:00:00+00:00", "commit": commit} for commit in commits]
         write_text(folder.path / "config.json", json.dumps(folder.config | {"starts": starts}))
     assert "The runs of rfm were made at 2 commits." in write_report(tmp_path)
+
+
+def test_code_that_is_not_known_is_told(tmp_path: Path) -> None:
+    for seed, commits in enumerate(([None, "a"], ["a"])):
+        add_run(tmp_path, "rfm", {0: 0.0, 100: 1.0}, seed=seed)
+        folder = RunFolder(tmp_path / spec(env_id="dm_control/walker-run-v0", seed=seed).name)
+        write_text(folder.path / "config.json", json.dumps(folder.config | {"starts": [{"commit": c} for c in commits]}))
+    assert "1 run of rfm began with code whose commit was not recorded." in write_report(tmp_path)
+    assert list(Results.load(tmp_path).runs["commit"]) == ["unknown a", "a"]
+
+
+def test_defaults_that_changed_are_told(tmp_path: Path) -> None:
+    """Both runs were asked for with no argument at all."""
+    for seed, coefficient in enumerate(("scalar", "optimal")):
+        add_run(tmp_path, "rfm", {0: 0.0, 100: 1.0}, seed=seed)
+        folder = RunFolder(tmp_path / spec(env_id="dm_control/walker-run-v0", seed=seed).name)
+        write_text(
+            folder.path / "config.json", json.dumps(folder.config | {"settings": {"coefficient": coefficient, "tau": 0.005}})
+        )
+    text = html.unescape(write_report(tmp_path))
+    assert "The runs of rfm were made with 2 settings" in text
+    assert 'rfm: its defaults, with {"coefficient": "scalar"} (1 run)' in text and "tau" not in text
+
+
+def test_defaults_are_recorded(tmp_path: Path) -> None:
+    for algo in ("rfm", "sac"):
+        folder = RunFolder.create(tmp_path, spec(algo=algo, arguments={"learning_starts": 60}))
+        run(folder.path)
+        settings, (start,) = folder.config["settings"], folder.config["starts"]
+        assert (settings["learning_starts"], settings["tau"], start["threads"]) == (60, 0.005, 1)
+    assert folder.config["settings"]["ent_coef"] == "auto"
+    settings = RunFolder(tmp_path / spec().name).config["settings"]
+    assert (settings["coefficient"], settings["temperature"]) == ("optimal", "auto_0.05")
+
+
+def test_runs_without_a_common_end_are_not_compared(tmp_path: Path) -> None:
+    add_run(tmp_path, "rfm", {0: 0.0, 100: 1.0})
+    add_run(tmp_path, "sac", {0: 0.0, 150: 1.0})
+    with pytest.raises(ValueError, match=r"walker-run.*never evaluated at the same step"):
+        Results.load(tmp_path).at(None)
 
 
 def test_half_a_report_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -791,6 +831,49 @@ def test_remaining_time_and_table(tmp_path: Path) -> None:
     with sweep.console.capture() as capture:
         sweep.console.print(sweep.table())
     assert "1 of 3 finished" in capture.get()
+
+
+def test_remaining_time_of_a_run_that_went_back_to_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder.create(tmp_path, spec(steps=2000))
+    sweep = Sweep([folder], ScriptedEngine(), Console(width=120))
+    sweep.running[folder.path] = sweep.engine  # type: ignore[assignment]
+    times = iter(range(0, 1000, 10))
+    monkeypatch.setattr("sb3_rfm.benchmark.runner.time.monotonic", lambda: next(times))
+    for step in (1900, 1000, 1100):  # what the process before left behind, its checkpoint, and 10 seconds later
+        folder.set_status(state="running", step=step)
+        rates = sweep.rates()
+    assert rates == {folder.path: 10.0} and sweep.remaining(rates) == pytest.approx(90.0)
+
+
+def test_runs_of_another_process_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_rfm.benchmark.runner.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("sb3_rfm.benchmark.runner.BUSY_RETRY_SECONDS", 0.0)
+    folder = RunFolder.create(tmp_path, spec())
+    folder.set_status(state="running", step=50, last_return=1.0)
+    engine = ScriptedEngine()
+    sweep = Sweep([folder], engine, Console(width=120))
+    with folder.lock:
+        sweep._start()
+        with sweep.console.capture() as capture:
+            sweep.console.print(sweep.table())
+        assert "0 running, 1 done by another process" in capture.get() and "50 / 100" in capture.get()
+        folder.set_status(state="finished", step=100, wall_clock=10.0)
+    with sweep.console.capture() as capture:
+        assert sweep.run() == []
+    assert engine.started == [] and "1 of 1 finished, 0 running" in capture.get()
+
+
+def test_with_two_seeds_intervals_over_tasks_are_too_narrow() -> None:
+    """What reports say about few seeds: of intervals that promise 95 %, about 70 % hold the truth."""
+    rng = np.random.default_rng(0)
+    means, spreads = np.linspace(0.1, 0.9, 8), np.full(8, 0.1)
+    weights_of_all = rng.normal(means[:, None], spreads[:, None], (8, 20_000))
+    truth = statistics.interquartile_mean(list(weights_of_all[:, :2000])).value
+    inside = []
+    for _ in range(150):
+        estimate = statistics.interquartile_mean(list(rng.normal(means[:, None], spreads[:, None], (8, 2))))
+        inside.append(estimate.low < truth < estimate.high)
+    assert 0.6 < np.mean(inside) < 0.85
 
 
 def test_a_cluster_does_a_run_again_whose_worker_was_killed(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         metavar="[ALGO.]ARGUMENT=VALUE",
         help="arguments of the algorithms, e.g. rfm.n_candidates=32, or rfm:cold.temperature=0.01 with --algos rfm:cold",
     )
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at once on this machine")
+    parser.add_argument("--jobs", type=positive, help="runs at once; 1 by default, and with ray as many as there is room for")
     parser.add_argument("--threads", type=positive, default=1, help="threads of a run")
     parser.add_argument("--engine", choices=["local", "ray"], default="local", help="ray: on a cluster (extra [cluster])")
     parser.add_argument("--gpus", type=float, default=0.0, help="with ray: GPUs of a run, e.g. 0.25")
@@ -110,14 +110,17 @@ def run(args: argparse.Namespace) -> int:
             from sb3_rfm.benchmark.cluster import RayEngine
         except ModuleNotFoundError as error:
             raise ValueError(f"--engine ray needs Ray: pip install '.[cluster]' in a checkout ({error}).") from error
-        engine = RayEngine(args.threads, args.gpus, options)
+        engine = RayEngine(args.threads, args.gpus, options, args.jobs)
     elif args.gpus:
         raise ValueError("--gpus is for --engine ray; runs on this machine share its GPU as they are.")
     else:
-        engine = LocalEngine(args.jobs, args.threads, options)
+        engine = LocalEngine(args.jobs or 1, args.threads, options)
     for spec in specs:  # a refusal leaves all of them as they are
         RunFolder(args.out / spec.name).check(spec)
     folders = {folder.path: folder for folder in (RunFolder.create(args.out, spec) for spec in specs)}  # each run once
+    if args.steps and (longer := [f.spec for f in folders.values() if f.spec.steps > args.steps]):
+        ends = " / ".join(f"{steps:,}" for steps in sorted({spec.steps for spec in longer}))
+        print(f"{len(longer)} of these runs were asked for with {ends} steps before, and go on to that.")
     return 1 if Sweep(list(folders.values()), engine).run() else 0
 
 
@@ -192,8 +195,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    # A scheduler's SIGTERM is handled like Ctrl-C: the processes of the runs are stopped too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A scheduler's SIGTERM, or the end of the terminal, is handled like Ctrl-C: the processes of the runs are stopped too.
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, signal.default_int_handler)
     try:
         return {"run": run, "report": report, "speed": speed}[args.command](args)
     except (ValueError, OSError) as error:

@@ -33,18 +33,18 @@ class RayEngine:
     :param threads: Cores of a run
     :param gpus: GPUs of a run, which may be a fraction
     :param options: Command-line options of :mod:`sb3_rfm.benchmark.worker`
+    :param jobs: Most runs at once; None for as many as there is room for
 
     The cluster is that of ``RAY_ADDRESS``, else this machine alone.
     """
 
-    jobs = 1_000_000  # all at once: Ray has the queue, and an autoscaler sees what is wanted
-
-    def __init__(self, threads: int = 1, gpus: float = 0.0, options: Sequence[str] = ()) -> None:
+    def __init__(self, threads: int = 1, gpus: float = 0.0, options: Sequence[str] = (), jobs: int | None = None) -> None:
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
         self.threads = threads
         self.gpus = gpus
         self.options = list(options)
+        self.jobs = jobs or 1_000_000  # all at once: Ray has the queue, and an autoscaler sees what is wanted
         # A process for each run, which returns all its memory; OMP_NUM_THREADS is set by Ray to the cores of the task.
         self.task = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=MAX_KILLS, max_calls=1)(run)
 
@@ -55,18 +55,19 @@ class RayEngine:
         slots = there.get("CPU", 1) // self.threads
         if self.gpus:
             slots = min(slots, there.get("GPU", 0) // self.gpus)
-        return max(1, int(slots))
+        return max(1, min(int(slots), self.jobs))
 
     def start(self, folder: RunFolder) -> "RayJob":
         """Hand the run of a folder to Ray."""
-        return RayJob(self.task.remote(str(folder.path.resolve()), self.options))
+        return RayJob(self.task.remote(str(folder.path.resolve()), self.options), folder)
 
 
 class RayJob:
     """A run that was handed to Ray."""
 
-    def __init__(self, reference: Any) -> None:
+    def __init__(self, reference: Any, folder: RunFolder) -> None:
         self.reference = reference
+        self.folder = folder
 
     def poll(self) -> int | None:
         ready, _ = ray.wait([self.reference], timeout=0)
@@ -74,7 +75,11 @@ class RayJob:
             return None
         try:
             return int(ray.get(self.reference))
-        except ray.exceptions.RayError:  # what the run raised is in its log
+        except ray.exceptions.RayTaskError:  # what the run raised is in its log
+            return 1
+        except ray.exceptions.RayError as error:  # its process or its machine was lost, too often
+            with (self.folder.path / "log.txt").open("a") as log:
+                print(" ".join(str(error).split()), file=log)
             return 1
 
     def request_stop(self) -> None:

@@ -168,7 +168,12 @@ class RunFolder:
         """Add to the configuration what the run is done with."""
         made_with = provenance()  # takes a while, in which the run may be asked for more steps
         config = self.config
-        started = {"at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": made_with["commit"]}
+        started = {
+            "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": made_with["commit"],
+            "sb3_rfm": made_with["versions"]["sb3_rfm"],
+            "threads": int(os.environ.get("OMP_NUM_THREADS", "1")),
+        }
         write_json(self.path / "config.json", config | what | made_with | {"starts": [*config.get("starts", []), started]})
 
     def set_status(self, **values: Any) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sb3_rfm.benchmark import figures, statistics
-from sb3_rfm.benchmark.caveats import caveats, listed, settings_of
+from sb3_rfm.benchmark.caveats import caveats, few_seeds, listed, settings_of
 from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.statistics import Estimate
 from sb3_rfm.benchmark.suites import short
@@ -247,7 +247,7 @@ def write(
     everything.save(out)
     final, table, better = final_table(results), pivot(results), improvements(results)
     write_text(out / "final_returns.csv", final.to_csv(index=False, float_format="%.6g"))
-    notes = " ".join([f"After {steps_of(results)}.", CELLS, *losses(results)])
+    notes = " ".join([f"After {steps_of(results)}.", CELLS, *few_seeds(results), *losses(results)])
     write_text(out / "final_returns.md", f"{markdown(table)}\n{notes}\n")
     write_text(out / "improvement.md", markdown(better))
     made = make_figures(results)
@@ -312,7 +312,7 @@ def render(
         final=html_table(table),
         losses=f"<ul>{items(losses(results))}</ul>",
         comparison=comparison or "<p>There is one algorithm, and nothing to compare it with.</p>",
-        settings=items(settings_of(results)),
+        settings=items([line for algo in results.algos for line in settings_of(results, algo)]),
         runs=html_table(seeds),
         machines=items(machines),
     )

@@ -20,6 +20,9 @@ from sb3_rfm.files import write_text
 RUN = ["env_id", "algo", "seed"]
 """What tells runs apart."""
 
+UNKNOWN = "unknown"
+"""Stands for a commit that was not recorded: the package was installed, or used from a copy."""
+
 AT_THE_END = ["steps", "wall_clock", "training_seconds", "final_return"]
 """What the last evaluation of a run says."""
 
@@ -47,7 +50,8 @@ class Results:
         if (root / "runs.csv").exists():
             if not (root / "evaluations.csv").exists():
                 raise ValueError(f"{root} has a runs.csv, but no evaluations.csv, which belongs to it.")
-            return cls(pd.read_csv(root / "runs.csv"), pd.read_csv(root / "evaluations.csv"))
+            runs, evaluations = pd.read_csv(root / "runs.csv"), pd.read_csv(root / "evaluations.csv")
+            return cls(runs if "settings" in runs else runs.assign(settings="{}"), evaluations)  # older ones do not say
         runs, evaluations = [], []
         places: dict[tuple[str, str, int], Path] = {}
         for folder in find_runs(root):
@@ -79,9 +83,9 @@ class Results:
                 | {"state": state, "steps": last["step"]}
                 | {name: last.get(name) for name in ("wall_clock", "training_seconds")}
                 | {"final_return": last.get("mean"), "eval_every": spec.eval_every, "eval_episodes": spec.eval_episodes}
-                | {"commit": " ".join(dict.fromkeys(start["commit"] for start in starts if start.get("commit")))}
+                | {"commit": " ".join(dict.fromkeys(start.get("commit") or UNKNOWN for start in starts))}
                 | {"started": starts[0].get("at"), "interruptions": len(starts) - 1}
-                | {name: json.dumps(config.get(name, {})) for name in ("arguments", "versions", "machine")}
+                | {name: json.dumps(config.get(name, {})) for name in ("arguments", "settings", "versions", "machine")}
             )
         if not evaluations:
             raise ValueError(f"There are no evaluated runs in {root}.")
@@ -112,6 +116,12 @@ class Results:
             finished = self.runs[self.runs["state"] == "finished"]
             there = self.evaluations.merge(finished[RUN], on=RUN)
             last = {task: last_common_step(rows) for task, rows in there.groupby("env_id")}
+            for task, rows in there.groupby("env_id"):
+                if last[task] == 0 < rows["step"].max():
+                    raise ValueError(
+                        f"The finished runs of {task} were never evaluated at the same step, but for the untrained ones: "
+                        "--algos compares some of them."
+                    )
             return self._only(finished, there[there["step"] <= there["env_id"].map(last)])
         there = self.evaluations[self.evaluations["step"] <= steps]
         reached = there.groupby(RUN)["step"].max()

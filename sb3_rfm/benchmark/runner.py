@@ -149,6 +149,7 @@ class Sweep:
         self.failed: list[RunFolder] = []
         self.killed_by: dict[Path, str] = {}
         self.retry_at: dict[Path, float] = {}
+        self.elsewhere: set[Path] = set()
         self.kills: dict[Path, int] = {}
         self.first_step: dict[Path, tuple[float, int]] = {}
 
@@ -192,10 +193,21 @@ class Sweep:
             if time.monotonic() < self.retry_at.get(folder.path, 0.0):
                 continue
             if folder.is_busy:  # a process that finds that out takes seconds to start
-                self.retry_at[folder.path] = time.monotonic() + BUSY_RETRY_SECONDS
+                self._wait_for(folder)
+                continue
+            self.elsewhere.discard(folder.path)
+            if folder.finished:
+                self.pending.remove(folder)
+                if not self.console.is_terminal:
+                    self.console.print(self._line(folder, 0))
                 continue
             self.pending.remove(folder)
             self.running[folder.path] = self.engine.start(folder)
+
+    def _wait_for(self, folder: RunFolder) -> None:
+        """Another process is doing the run: look again later."""
+        self.elsewhere.add(folder.path)
+        self.retry_at[folder.path] = time.monotonic() + BUSY_RETRY_SECONDS
 
     def _collect(self) -> None:
         for folder in self.folders:
@@ -205,7 +217,7 @@ class Sweep:
                 continue
             del self.running[folder.path]
             if status == BUSY:
-                self.retry_at[folder.path] = time.monotonic() + BUSY_RETRY_SECONDS
+                self._wait_for(folder)
                 self.pending.append(folder)
             elif (status < 0 or status == STOPPED) and self.kills.get(folder.path, 0) < MAX_KILLS:
                 self.kills[folder.path] = self.kills.get(folder.path, 0) + 1
@@ -213,9 +225,10 @@ class Sweep:
                 self.first_step.pop(folder.path, None)  # its speed is measured anew
             elif status != 0:
                 self.failed.append(folder)
-                if status < 0:  # it had no time to say so
+                if status < 0:
                     name = signal.Signals(-status).name
                     self.killed_by[folder.path] = f"killed by {name}, {MAX_KILLS + 1} times; for want of memory?"
+                if folder.status["state"] != "failed":  # it had no time to say so
                     with suppress(Timeout), folder.lock:  # unless another one has taken it up
                         folder.set_status(state="failed")
             elif not folder.finished:  # it was asked for more steps meanwhile
@@ -237,9 +250,11 @@ class Sweep:
         now, result = time.monotonic(), {}
         for folder in self.folders:
             step = folder.status["step"]
-            if folder.path in self.running and step > 0:
+            if step > 0 and (folder.path in self.running or folder.path in self.elsewhere):
                 start, first = self.first_step.setdefault(folder.path, (now, step))
-                if step > first:
+                if step < first:  # it has gone back to its checkpoint
+                    self.first_step[folder.path] = (now, step)
+                elif step > first:
                     result[folder.path] = (step - first) / (now - start)
         return result
 
@@ -272,6 +287,8 @@ class Sweep:
         # A cluster has more runs in its queue than it does.
         n_running = sum(folder.path in self.running and folder.status["state"] != "new" for folder in self.folders)
         parts = [f"{n_finished} of {len(self.folders)} finished", f"{n_running} running"]
+        if self.elsewhere:
+            parts.append(f"{len(self.elsewhere)} done by another process")
         if self.failed:
             parts.append(f"{len(self.failed)} failed")
         if self.running or self.pending:
@@ -288,8 +305,9 @@ class Sweep:
             table.add_column(name)
         for name in ("step", "steps/s", "return", "left"):
             table.add_column(name, justify="right")
-        ended = [f for f in self.folders if f.path not in self.running and f not in self.pending][-8:]
-        running = [f for f in self.folders if f.path in self.running and f.status["state"] != "new"]
+        under_way = self.running.keys() | self.elsewhere
+        ended = [f for f in self.folders if f.path not in under_way and f not in self.pending][-8:]
+        running = [f for f in self.folders if f.path in under_way and f.status["state"] != "new"]
         # Where not all fit, the summary below them does.
         for folder in [*ended, *running][-max(1, self.console.height - 4) :]:
             spec, status = folder.spec, folder.status
@@ -302,8 +320,8 @@ class Sweep:
                 f"{status['step']:,} / {spec.steps:,}",
                 f"{rate:.0f}" if rate else "",
                 "" if status["last_return"] is None else f"{status['last_return']:.1f}",
-                status["state"] if folder.path not in self.running else left or "starting",
-                style={"finished": "green", "failed": "red"}.get(status["state"]) if folder.path not in self.running else None,
+                status["state"] if folder.path not in under_way else left or "starting",
+                style={"finished": "green", "failed": "red"}.get(status["state"]) if folder.path not in under_way else None,
             )
         return table
 

@@ -127,6 +127,11 @@ def get_algorithm(name: str) -> type[BaseAlgorithm]:
     return classes[name]
 
 
+def get_parameters(label: str) -> set[str]:
+    """Names of the arguments of a label's algorithm that a setting may have."""
+    return inspect.signature(get_algorithm(label.partition(":")[0])).parameters.keys() - GIVEN
+
+
 def get_setting(label: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of the algorithm in the setting that a label names, some of them replaced.
 
@@ -134,8 +139,7 @@ def get_setting(label: str, overrides: dict[str, Any]) -> dict[str, Any]:
     :param overrides: Arguments that take precedence
     :raises ValueError: for a setting that is neither known nor given by overrides, and for arguments that do not exist
     """
-    parameters = inspect.signature(get_algorithm(label.partition(":")[0])).parameters
-    if unknown := sorted(overrides.keys() - (parameters.keys() - GIVEN)):
+    if unknown := sorted(overrides.keys() - get_parameters(label)):
         raise ValueError(
             f"{label} has no argument {', '.join(unknown)}; --set algo.argument=value sets one of a single algorithm."
         )

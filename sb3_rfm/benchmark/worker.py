@@ -27,7 +27,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec
-from sb3_rfm.benchmark.suites import env_maker, get_algorithm, get_setting
+from sb3_rfm.benchmark.suites import env_maker, get_algorithm, get_parameters, get_setting
 from sb3_rfm.checkpoint import save_run
 from sb3_rfm.persistence import PersistentAlgorithm
 from sb3_rfm.rewindable import Rewindable
@@ -37,6 +37,9 @@ BUSY = 75
 
 STOPPED = 76
 """Exit status where the run was asked to stop; it wrote a checkpoint."""
+
+NO_SETTING = {"tensorboard_log", "verbose", "device", "stats_window_size", "execution"}
+"""Arguments that change nothing that is learned, but for rounding."""
 
 STATUS_INTERVAL = 3.0
 """Seconds between two writings of the status."""
@@ -184,6 +187,13 @@ def build_model(folder: RunFolder, spec: RunSpec, arguments: dict[str, Any]) -> 
     return algorithm("MlpPolicy", env, seed=spec.seed, **arguments)
 
 
+def settings(model: PersistentAlgorithm, label: str) -> dict[str, Any]:
+    """All arguments of a model's algorithm, as the model has them: what the defaults were is part of a result."""
+    names = get_parameters(label) - NO_SETTING
+    values = {name: getattr(model, name) for name in sorted(names) if hasattr(model, name)}
+    return values | {name: value for name, value in model.settled_arguments().items() if name in names}
+
+
 def run(path: Path, checkpoint_every: int = 10_000, keep_checkpoint: bool = False) -> None:
     """Do the run of a folder, from its checkpoint if there is one.
 
@@ -209,8 +219,8 @@ def _learn(folder: RunFolder, checkpoint_every: int, keep_checkpoint: bool) -> N
     """Do the run of a folder that this process has locked; see :func:`run`."""
     spec = folder.spec
     arguments = get_setting(spec.algo, spec.arguments)
-    folder.describe(arguments=arguments)
     model = build_model(folder, spec, arguments)
+    folder.describe(arguments=arguments, settings=settings(model, spec.algo))
     recorder = Recorder(folder, Evaluator(spec), checkpoint_every)
     recorder.continue_from(model.num_timesteps)
     recorder.write_status(model.num_timesteps, "starting")
