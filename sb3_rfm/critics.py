@@ -90,8 +90,9 @@ class QCritic(PersistentModel):
         return self.q_values(encoded, actions, reduced).amin(0)
 
     def split_q(self, encoded: list[Tensor], actions: Tensor, reduced: bool = False) -> Tensor:
-        """Q-values of which each state's come from one of the critics, which take turns along the batch. An average over the
-        states is an average over the critics, at the price of one.
+        """Q-values of which each state's come from one of the critics, which take turns along the batch. A loss that is an
+        average over the states is one over the critics, at the price of one; its optimum, where they differ, belongs to the
+        average of what is computed from each, and not to their average.
 
         :param encoded: Result of :meth:`encode`
         :param actions: (B, D) or (B, K, D), in [-1, 1]

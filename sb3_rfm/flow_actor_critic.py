@@ -103,7 +103,8 @@ class FlowActorCritic(PersistentAlgorithm):
     :param weighting: How much an error of the flow counts in each dimension: ``"uniform"`` → all the same, as in the papers;
         ``"gradient"`` → the more, the more Q changes in it, see :func:`~sb3_rfm.learner.regression_weights`
     :param n_particles: Particles drawn for a deterministic action, of which the one with the highest min Q is taken
-    :param n_exploration_particles: Particles drawn when exploring, one of which is chosen with probability ∝ exp(min Q / λ)
+    :param n_exploration_particles: Particles drawn when exploring, one of which is chosen with probability ∝ exp(min Q / λ);
+        many of them act as at half the temperature, since the flow alone draws them in that proportion
     :param n_target_particles: The same at the next states, in the critic's target
     :param t_min: Training times lie in [t_min, 1 - t_min]
     :param max_grad_norm: Largest norm of a gradient of actor or critic; None for no clipping

@@ -36,7 +36,7 @@ def register(trusted: bool = False) -> None:
         for those with classes of your own
     """
     ALGOS.update({name: _trusting(algorithm) if trusted else algorithm for name, algorithm in ALGORITHMS.items()})
-    HYPERPARAMS_SAMPLER.update(dict.fromkeys(ALGORITHMS, sample_candidate_params), qsm=sample_qsm_params)
+    HYPERPARAMS_SAMPLER.update(dict.fromkeys(ALGORITHMS, sample_candidate_params), rfm=sample_rfm_params, qsm=sample_qsm_params)
     # The parameters of the flow have the names of the arguments: only SAC's need converting.
     HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_offpolicy_params))
     ExperimentManager.read_hyperparameters = _read_hyperparameters_of_package  # type: ignore[method-assign]
@@ -81,9 +81,16 @@ def sample_flow_params(trial: optuna.Trial, n_actions: int, n_envs: int, additio
 def sample_candidate_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
 ) -> dict[str, Any]:
-    """Search space of RFM, QNE and DQS; see :func:`sample_flow_params`."""
+    """Search space of QNE and DQS, and of RFM but for its coefficient; see :func:`sample_flow_params`."""
     return sample_flow_params(trial, n_actions, n_envs, additional_args) | {
         "n_candidates": trial.suggest_int("n_candidates", 4, 64, log=True),
+    }
+
+
+def sample_rfm_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """Search space of RFM; see :func:`sample_flow_params`."""
+    return sample_candidate_params(trial, n_actions, n_envs, additional_args) | {
+        "coefficient": trial.suggest_categorical("coefficient", ["optimal", "scalar"]),
     }
 
 
