@@ -8,7 +8,7 @@ from sb3_rfm.benchmark.results import RUN, UNKNOWN, Results
 from sb3_rfm.benchmark.suites import short
 
 ENOUGH_SEEDS = 5
-"""Bootstrap intervals of 95 % over eight tasks hold the truth in 70 to 80 % of cases with two seeds, in about 90 % with five."""
+"""Bootstrap intervals of 95 % over eight tasks hold the truth in 70 to 80 % of cases with two seeds, in 90 % with five."""
 
 
 def caveats(everything: Results, results: Results, steps: int | None) -> list[str]:

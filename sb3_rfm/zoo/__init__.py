@@ -36,7 +36,9 @@ def register(trusted: bool = False) -> None:
         for those with classes of your own
     """
     ALGOS.update({name: _trusting(algorithm) if trusted else algorithm for name, algorithm in ALGORITHMS.items()})
-    HYPERPARAMS_SAMPLER.update(dict.fromkeys(ALGORITHMS, sample_candidate_params), rfm=sample_rfm_params, qsm=sample_qsm_params)
+    HYPERPARAMS_SAMPLER.update(
+        rfm=sample_rfm_params, qne=sample_candidate_params, dqs=sample_candidate_params, qsm=sample_qsm_params
+    )
     # The parameters of the flow have the names of the arguments: only SAC's need converting.
     HYPERPARAMS_CONVERTER.update(dict.fromkeys(ALGORITHMS, convert_offpolicy_params))
     ExperimentManager.read_hyperparameters = _read_hyperparameters_of_package  # type: ignore[method-assign]
