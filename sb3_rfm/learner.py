@@ -295,8 +295,8 @@ def regression_weights(log_prob: LogProb, prediction: Tensor, spread: float = 0.
     the prediction and not at it, so that it tells of the slope where the policy is not yet at its best, and of the curvature
     where it is. Weights are the square root of its size, as the gradient of a young critic is not to be trusted with whole
     dimensions. The point is none of the candidates: with weights that are independent of what it is regressed on, a flow still
-    has its optimum at the posterior mean of one critic, whatever they are. One dimension has nothing to be compared with. The rule is this
-    library's.
+    has its optimum at the posterior mean of one critic, whatever they are. One dimension has nothing to be compared with. The
+    rule is this library's.
 
     :param log_prob: Log-density of the Boltzmann policy in the latent, (B, D) → (B,)
     :param prediction: The flow's prediction of the data mean, (B, D)
