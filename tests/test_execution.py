@@ -82,6 +82,38 @@ def test_a_compiler_that_fails_leaves_the_function_as_written(monkeypatch: pytes
     assert not list(tmp_path.glob("*.pt2"))
 
 
+def test_a_damaged_library_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SB3_RFM_CACHE", str(tmp_path))
+    compiled(torch.sin)(torch.ones(2))
+    (library,) = tmp_path.glob("*.pt2")
+    library.write_bytes(library.read_bytes()[:1000])
+    compilation._load.cache_clear()  # as in another process
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(compiled(torch.sin)(torch.ones(2)), torch.ones(2).sin())
+    assert library.stat().st_size > 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the usual compiler has another name")
+def test_the_compiler_is_the_one_that_pytorch_looks_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "clang++"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert not execution.has_compiler()
+    monkeypatch.setenv("CXX", str(compiler))
+    assert execution.has_compiler()
+
+
+def test_without_a_home_libraries_may_be_kept_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setenv("SB3_RFM_CACHE", str(tmp_path))
+    assert compilation.cache_folder() == tmp_path
+
+
 class Scaled(nn.Module):
     """A module whose function depends on a plain attribute, on a parameter, on a buffer and on chance."""
 
