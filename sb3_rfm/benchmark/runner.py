@@ -287,8 +287,8 @@ class Sweep:
         # A cluster has more runs in its queue than it does.
         n_running = sum(folder.path in self.running and folder.status["state"] != "new" for folder in self.folders)
         parts = [f"{n_finished} of {len(self.folders)} finished", f"{n_running} running"]
-        if self.elsewhere:
-            parts.append(f"{len(self.elsewhere)} done by another process")
+        if n_elsewhere := sum(folder.path in self.elsewhere and not folder.finished for folder in self.folders):
+            parts.append(f"{n_elsewhere} done by another process")
         if self.failed:
             parts.append(f"{len(self.failed)} failed")
         if self.running or self.pending:

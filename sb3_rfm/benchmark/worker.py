@@ -6,6 +6,7 @@ not been interrupted. A run that is already finished, or that another process is
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -29,6 +30,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec
 from sb3_rfm.benchmark.suites import env_maker, get_algorithm, get_parameters, get_setting
 from sb3_rfm.checkpoint import save_run
+from sb3_rfm.files import remove_unfinished
 from sb3_rfm.persistence import PersistentAlgorithm
 from sb3_rfm.rewindable import Rewindable
 
@@ -218,6 +220,7 @@ def run(path: Path, checkpoint_every: int = 10_000, keep_checkpoint: bool = Fals
 def _learn(folder: RunFolder, checkpoint_every: int, keep_checkpoint: bool) -> None:
     """Do the run of a folder that this process has locked; see :func:`run`."""
     spec = folder.spec
+    remove_unfinished(folder.path, re.escape(folder.checkpoint.name))  # of a process that was killed
     arguments = get_setting(spec.algo, spec.arguments)
     model = build_model(folder, spec, arguments)
     folder.describe(arguments=arguments, settings=settings(model, spec.algo))
