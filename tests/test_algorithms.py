@@ -24,6 +24,7 @@ from sb3_rfm import DQS, QNE, QSM, RFM, learner, posterior
 from sb3_rfm.actors import LATENT_BOUND
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.paths import get_path
+from sb3_rfm.policies import FlowPolicy
 
 ALGORITHMS = [RFM, QNE, DQS, QSM]
 
@@ -266,6 +267,36 @@ def test_lost_statistics_are_named() -> None:
     for _ in range(2):  # the second time, the environment returns nothing but numbers
         with pytest.raises(ValueError, match=r"reward is not finite.*VecNormalize.*lost"):
             model.learn(20)
+
+
+def test_qsm_is_regressed_on_tweedies_formula() -> None:
+    """Of the score at the noisy point itself, N(0.9, 0.6^2)."""
+    model = QSM("MlpPolicy", "Pendulum-v1", **TINY)
+    x_t, t = th.randn(6, 1), th.linspace(0.2, 0.8, 6)
+    result = model._posterior_mean(lambda u: -0.5 * ((u - 0.9) / 0.6).square().sum(-1), x_t, t, th.zeros(6, 1))
+    score, alpha, sigma = -(x_t - 0.9) / 0.36, t[:, None], 1 - t[:, None]
+    th.testing.assert_close(result.score, score)
+    th.testing.assert_close(result.x1, (x_t + sigma**2 * score) / alpha)
+
+
+def test_what_is_learned_is_normalised() -> None:
+    env = VecNormalize(DummyVecEnv([lambda: Spring(100.0)]))
+    model = RFM("MlpPolicy", env, **TINY).learn(30)
+    buffer, seen, update = model.replay_buffer, [], model._learner.run_update
+    model._learner.run_update = lambda batch, *rest: seen.append(batch) or update(batch, *rest)
+    model.train(1, 16)
+    (batch,) = seen
+    rows = [int(np.abs(buffer.actions[:30, 0] - action).sum(-1).argmin()) for action in batch.actions.numpy()]
+    observations = (buffer.observations[rows, 0] - env.obs_rms.mean) / np.sqrt(env.obs_rms.var + env.epsilon)
+    np.testing.assert_allclose(batch.observations, observations, rtol=1e-4, atol=1e-5)
+    rewards = buffer.rewards[rows, 0] / np.sqrt(env.ret_rms.var + env.epsilon)
+    np.testing.assert_allclose(batch.rewards[:, 0], rewards, rtol=1e-4)
+
+
+def test_actions_of_lopsided_boxes_are_scaled() -> None:
+    policy = FlowPolicy(spaces.Box(-1, 1, (2,)), spaces.Box(-0.3, 1.7, (1,)), lambda _: 1e-3, net_arch=[4])
+    scaled = policy.scale_action(np.array([[-0.3], [0.2], [0.7], [1.7]], np.float32))
+    np.testing.assert_allclose(scaled, [[-1], [-0.5], [0], [1]], atol=1e-6)
 
 
 def test_frozen_networks_stay_as_they_are() -> None:

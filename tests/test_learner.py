@@ -105,6 +105,61 @@ def test_the_flow_is_regressed_where_the_proposal_says(share: bool) -> None:
         assert [tensor.requires_grad for tensor in features] == [True, not share, False]
 
 
+def test_discounts_of_the_transitions_count() -> None:
+    """Those of n-step returns are ``gamma^n``."""
+    model, batch = make(), transitions()
+    batch.discounts = th.tensor([[0.5], [0.5]])
+    update = partial(model._learner.update, batch, gamma=0.9, tau=0.005, max_grad_norm=None)
+    update()
+    answer(model.critic, [1.0, 3.0])
+    answer(model.critic_target, [10.0, 7.0])
+    metrics = dict(zip(model._learner.metric_names, update(), strict=True))
+    targets = [1.0 + 0.5 * 3.0 * 7.0, 5.0]
+    assert metrics["critic_loss"].item() == pytest.approx(0.5 * sum((q - y) ** 2 / 2 for q in (3.0, 9.0) for y in targets) / 9)
+
+
+def test_the_target_critic_moves_by_tau() -> None:
+    model = make()
+    update = partial(model._learner.update, transitions(), gamma=0.9, max_grad_norm=None)
+    update(tau=0.005)  # sets the unit of Q, which the same rewards leave as it is
+    before = [parameter.detach().clone() for parameter in model.critic_target.parameters()]
+    update(tau=0.25)
+    for target, was, online in zip(model.critic_target.parameters(), before, model.critic.parameters(), strict=True):
+        th.testing.assert_close(target.detach(), 0.75 * was + 0.25 * online.detach())
+
+
+def test_gradients_are_clipped() -> None:
+    """By plain gradient descent with a learning rate of 1, a step is as long as its gradient."""
+    model = make(learning_rate=1.0, policy_kwargs={"net_arch": [16], "optimizer_class": th.optim.SGD})
+    update = partial(model._learner.update, transitions(), gamma=0.9, tau=0.0, max_grad_norm=1e-3)
+    update()
+    before = [[p.detach().clone() for p in network.parameters()] for network in (model.actor, model.critic)]
+    update()
+    for network, was in zip((model.actor, model.critic), before, strict=True):
+        step = th.cat([(p.detach() - b).flatten() for p, b in zip(network.parameters(), was, strict=True)])
+        assert step.norm().item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_next_values_are_those_of_the_target_critic() -> None:
+    kwargs = {"features_extractor_class": LinearExtractor, "net_arch": [16]}
+    model, batch = make(n_target_particles=1, precision="float32", policy_kwargs=kwargs), transitions(20)
+    th.nn.init.constant_(model.critic.features_extractor.linear.weight, 7.0)
+    th.manual_seed(0)
+    inputs = model._learner.inputs(batch.observations, batch.actions, batch.next_observations, batch.dones)
+    th.manual_seed(0)
+    drawn = model.actor.sample_latents(model.actor.features(batch.next_observations), model.actor.draw_noise(20, 1))[:, 0]
+    q = th.cat(model.critic_target(batch.next_observations, squash(drawn)), 1).amin(1)
+    th.testing.assert_close(inputs.next_q, q)
+
+
+def test_times_are_within_their_limits() -> None:
+    model, times = make(t_min=0.2), []
+    target = model._learner.posterior_mean
+    model._learner.posterior_mean = lambda *args: times.append(args[2]) or target(*args)
+    model._learner.actor_loss(th.zeros(2000, 3), th.zeros(2000, 3), th.zeros(2000, 1))
+    assert 0.2 <= times[0].min() < 0.21 and 0.79 < times[0].max() <= 0.8
+
+
 class OneDecision(gym.Env):
     """The first of ``n_steps`` actions is worth ``-(a - goal)^2``, and the first observation shows the goal, 0.5 or -0.5.
 

@@ -299,6 +299,15 @@ class Script(th.nn.Module):
         th.save(th.zeros(1), self.target)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_script_is_not_run(tmp_path: Path) -> None:
+    target, path = tmp_path / "boom", tmp_path / "policy"
+    th.jit.save(th.jit.script(Script(str(target))), str(path))
+    with pytest.raises(ValueError, match="does not hold a network"):
+        FlowPolicy.load(str(path))
+    assert not target.exists()
+
+
 def test_a_script_in_disguise_is_not_run(tmp_path: Path) -> None:
     """An archive with two directories: Python reads the one at its end, PyTorch the one that its last record names."""
     target = tmp_path / "boom"
@@ -780,6 +789,12 @@ def test_replay_buffer_of_other_environments_is_refused(tmp_path: Path) -> None:
     model = RFM("MlpPolicy", "Pendulum-v1", **TINY)
     with pytest.raises(ValueError, match="filled by 2 environments, the model has 1"):
         model.load_replay_buffer(tmp_path / "buffer")
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for steps in (1000, 90, 100):
+        (tmp_path / f"checkpoint_{steps}_steps.zip").touch()
+    assert [path.name.split("_")[1] for path in checkpoints(tmp_path)] == ["90", "100", "1000"]
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
