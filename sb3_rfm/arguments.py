@@ -1,4 +1,4 @@
-"""Checks of what users pass: each error says what was wrong and what was expected."""
+"""Checks of what users pass, and of what environments return: each error says what was wrong and what was expected."""
 
 import copy
 import inspect
@@ -32,6 +32,16 @@ AUTO_TEMPERATURE = 0.05
 WEIGHTS_LOST = (
     "The weights are lost: numbers too large for the networks have come from the environment, or the learning rate is far too "
     "high. Go on from a model that was saved before."
+)
+NOT_LEARNED = (
+    "The environment returned it. Nothing was learned from it: the weights and the replay buffer are as before this step."
+)
+RELABELLED = (
+    "HerReplayBuffer computed it for another goal. Nothing was learned from it: the weights are as before this update."
+)
+STATISTICS_LOST = (
+    "VecNormalize averages all that it sees, and its statistics are lost with the first such number, now or before: go on "
+    "with a new one, or with what VecNormalize.load reads."
 )
 
 OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict)
@@ -114,10 +124,7 @@ def check_flow(model: "FlowActorCritic", policy_type: type[BasePolicy]) -> None:
     get_path(model.path)
     source = get_source(model.source)
     check_sampler(model.sampler, source)
-    try:
-        copy.deepcopy(source).sample((1, get_action_dim(model.action_space)), torch.empty(0), torch.Generator())
-    except AssertionError as error:  # PyTorch's own of Gumbel, for instance
-        raise ValueError(f"source={model.source} cannot be copied, and no model with it could be saved ({error}).") from error
+    check_source(source, get_action_dim(model.action_space))
     check_execution(model.execution, model.precision)
 
 
@@ -133,6 +140,20 @@ def check_sampler(sampler: str, source: Source) -> None:
             f"sampler={sampler!r} needs source='gaussian', whose score follows from the flow's data prediction; "
             "other sources go with sampler='ode' or 'euler'."
         )
+
+
+def check_source(source: Source, action_dim: int) -> None:
+    """Check that a model can have a source: one that is copied with it, and saved.
+
+    :param source: Where the flow starts
+    :param action_dim: Dimension D of its samples
+    :raises ValueError: if it has another dimension, or if copies of it do not work
+    """
+    try:
+        copy.deepcopy(source).sample((1, action_dim), torch.empty(0), torch.Generator())
+    except AssertionError as error:  # PyTorch's own, as copies of inverse transforms have lost what they are the inverse of
+        what = getattr(source, "distribution", source)
+        raise ValueError(f"source={what} cannot be copied, and no model with it could be saved ({error}).") from error
 
 
 def check_policy_name(model: OffPolicyAlgorithm, name: str, policy_type: type[BasePolicy]) -> None:
@@ -187,6 +208,22 @@ def check_observation(observation: Any, space: spaces.Space) -> None:
         if keys != set(space.spaces):
             raise ValueError(f"The observation must be a dictionary of {sorted(space.spaces)}, got {sorted(keys)}.")
     check_finite("observation", observation, "No action follows from it.")
+
+
+def check_step(reward: np.ndarray, observation: Any, infos: list[dict[str, Any]], is_normalized: bool) -> None:
+    """Check what a step of the environments returned, for what would destroy the weights.
+
+    :param reward: (n_envs,)
+    :param observation: What follows, an array (n_envs, ...) or a dictionary of arrays
+    :param infos: One for each environment, with the last observation of an episode
+    :param is_normalized: Whether it came through ``VecNormalize``
+    :raises ValueError: for numbers that are not finite
+    """
+    note = f"{NOT_LEARNED} {STATISTICS_LOST}" if is_normalized else NOT_LEARNED
+    check_finite("reward", reward, note)
+    check_finite("observation", observation, note)
+    for info in infos:
+        check_finite("observation", info.get("terminal_observation", 0.0), note)
 
 
 def check_finite(name: str, values: Any, note: str) -> None:

@@ -21,11 +21,14 @@ from torch.distributions import Distribution
 
 from sb3_rfm.actors import FlowActor
 from sb3_rfm.arguments import (
+    NOT_LEARNED,
+    RELABELLED,
     WEIGHTS_LOST,
     check_algorithm,
     check_finite,
     check_flow,
     check_policy_name,
+    check_step,
     parse_auto_temperature,
 )
 from sb3_rfm.control_variates import Coefficient
@@ -48,17 +51,6 @@ from sb3_rfm.posterior import LogProb, PosteriorMean
 from sb3_rfm.sources import Source
 
 SelfFlowActorCritic = TypeVar("SelfFlowActorCritic", bound="FlowActorCritic")
-
-RELABELLED = (
-    "HerReplayBuffer computed it for another goal. Nothing was learned from it: the weights are as before this update."
-)
-NOT_LEARNED = (
-    "The environment returned it. Nothing was learned from it: the weights and the replay buffer are as before this step."
-)
-AVERAGED = (
-    "VecNormalize averages all that it sees, and its statistics are lost with the first such number, now or before: go on "
-    "with a new one, or with what VecNormalize.load reads."
-)
 
 
 class FlowActorCritic(PersistentAlgorithm):
@@ -385,15 +377,10 @@ class FlowActorCritic(PersistentAlgorithm):
     ) -> None:
         """Store a transition, unless the environment returned something that would destroy the weights."""
         try:
-            check_finite("reward", reward, NOT_LEARNED)
-            check_finite("observation", new_obs, NOT_LEARNED)
-            for info in infos:
-                check_finite("observation", info.get("terminal_observation", 0.0), NOT_LEARNED)
-        except ValueError as error:
+            check_step(reward, new_obs, infos, is_normalized=self._vec_normalize_env is not None)
+        except ValueError:
             self._last_obs = None  # the environments are elsewhere by now: who goes on begins an episode
-            if self._vec_normalize_env is None:
-                raise
-            raise ValueError(f"{error} {AVERAGED}") from None
+            raise
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def learn(

@@ -33,7 +33,7 @@ RegressionTarget = Callable[[LogProb, Tensor, Tensor, Tensor], PosteriorMean]
 """What the flow is regressed on, given the log-density of the Boltzmann policy in the latent, points ``x_t`` of the path,
 (B, D), their times, (B,), and the flow's own prediction of the data mean there, (B, D)."""
 
-REPLAYED_SHARE = 8
+REPLAYED_EVERY = 8
 """With ``proposal="policy"``, one row in so many is regressed at its own state: no transition leads to an episode's first."""
 
 
@@ -195,7 +195,7 @@ class Learner:
         :return: (B,), bool
         """
         row = th.arange(len(dones), device=dones.device)
-        return (row // self.critic.n_critics % REPLAYED_SHARE == 0) | (dones.flatten() > 0)
+        return (row // self.critic.n_critics % REPLAYED_EVERY == 0) | (dones.flatten() > 0)
 
     @th.no_grad()
     def next_actions(self, actor_features: Tensor, critic_features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

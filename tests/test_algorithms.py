@@ -408,6 +408,16 @@ def test_the_target_critic_follows_replaced_parameters() -> None:
     th.testing.assert_close(target, expected)
 
 
+def predicts_gaussian(actor: Any, mean: float, variance: float) -> Any:
+    """The exact ``predict_data`` where latents are Gaussian."""
+
+    def predict(encoded: Any, x: Tensor, t: Tensor, reduced: bool = False) -> Tensor:
+        alpha, sigma = actor.probability_path.alpha(t), actor.probability_path.sigma(t)
+        return mean + alpha * variance * (x - alpha * mean) / (alpha**2 * variance + sigma**2)
+
+    return predict
+
+
 @pytest.mark.parametrize("path", ["cond_ot", "cosine"])
 @pytest.mark.parametrize("sampler", ["ode", "euler", "sde", "langevin"])
 def test_sampling_starts_from_noise_whatever_the_first_training_time(sampler: str, path: str) -> None:
@@ -416,17 +426,46 @@ def test_sampling_starts_from_noise_whatever_the_first_training_time(sampler: st
     actor = RFM("MlpPolicy", "Pendulum-v1", path=path, sampler=sampler, t_min=0.1, integration_steps=100).policy.actor
     mean, variance, asked = 2.0, 0.25, []
 
-    def exact(encoded: th.Tensor, x: th.Tensor, t: th.Tensor, reduced: bool = False) -> th.Tensor:
-        alpha, sigma = actor.probability_path.alpha(t), actor.probability_path.sigma(t)
-        asked.append(float(t))
-        return mean + alpha * variance * (x - alpha * mean) / (alpha**2 * variance + sigma**2)
-
-    actor.predict_data = exact  # type: ignore[method-assign]
+    predict = predicts_gaussian(actor, mean, variance)
+    actor.predict_data = lambda encoded, x, t, reduced: asked.append(float(t)) or predict(encoded, x, t)
     th.manual_seed(0)
     latents = actor.sample_latents(th.zeros(1, 3), th.randn(1, 20_000, 1))
     assert min(asked) == pytest.approx(0.1)
     assert latents.mean().item() == pytest.approx(mean, abs=0.02)
     assert latents.std().item() == pytest.approx(variance**0.5, abs=0.02)
+
+
+def test_euler_takes_even_steps_of_first_order() -> None:
+    actor = RFM("MlpPolicy", "Pendulum-v1", sampler="euler", integration_steps=5).policy.actor
+    actor.predict_data = predict = predicts_gaussian(actor, 0.8, 0.25)
+    x = noise = th.randn(1, 50, 1)
+    for t in (0.0, 0.2, 0.4, 0.6, 0.8):
+        x = x + 0.2 * (predict(None, x, th.tensor(max(t, 0.01))) - x) / (1 - t)
+    th.testing.assert_close(actor.sample_latents(th.zeros(1, 3), noise), x.clamp(-4, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_langevin_corrects_at_the_last_noise_level() -> None:
+    """In closed form: a step from noise to t = 3/4, a Langevin step of size sigma^2 / 2 there, and the prediction."""
+    actor = RFM("MlpPolicy", "Pendulum-v1", sampler="langevin", integration_steps=2).policy.actor
+    actor.predict_data = predict = predicts_gaussian(actor, 2.0, 0.25)
+    th.manual_seed(0)
+    latents = actor.sample_latents(th.zeros(1, 3), th.randn(1, 400_000, 1))
+    alpha, sigma = 0.75, 0.25
+    variance, step = alpha**2 * 0.25 + sigma**2, 0.5 * sigma**2
+    first, second = (predict(None, th.tensor(x), th.tensor(0.01)).item() for x in (0.0, 1.0))
+    mean_0, variance_0 = alpha * first, (alpha * (second - first) + sigma) ** 2
+    mean_1 = 2 * alpha + (1 - step / variance) * (mean_0 - 2 * alpha)
+    variance_1 = (1 - step / variance) ** 2 * variance_0 + 2 * step
+    gain = alpha * 0.25 / variance
+    assert latents.mean().item() == pytest.approx(2 + gain * (mean_1 - 2 * alpha), abs=0.004)
+    assert latents.std().item() == pytest.approx(gain * variance_1**0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("sampler", ["ode", "euler", "sde", "langevin"])
+def test_deterministic_actions_draw_nothing(sampler: str) -> None:
+    model, before = RFM("MlpPolicy", "Pendulum-v1", **TINY, sampler=sampler), th.get_rng_state()
+    model.predict(np.zeros((3, 3), np.float32), deterministic=True)
+    assert th.equal(before, th.get_rng_state())
 
 
 # Source

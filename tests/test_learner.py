@@ -152,6 +152,45 @@ def test_next_values_are_those_of_the_target_critic() -> None:
     th.testing.assert_close(inputs.next_q, q)
 
 
+def test_one_of_several_next_actions_is_drawn_and_not_the_best() -> None:
+    """At an infinite temperature, each particle with the same probability."""
+    model, features = make(n_target_particles=2, temperature=1e6, precision="float32"), th.zeros(4000, 3)
+    th.manual_seed(0)
+    _, q, _ = model._learner.next_actions(features, features)
+    th.manual_seed(0)
+    latents = model.actor.sample_latents(features, model.actor.draw_noise(4000, 2))
+    both = model.critic_target.min_q(model.critic_target.encode(features), squash(latents))
+    assert abs(q.mean() - both.mean()) < 4.5 * both.std() / 4000**0.5 < both.amax(1).mean() - both.mean()
+
+
+def test_each_extractor_has_the_gradient_of_its_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    kwargs = {"features_extractor_class": LinearExtractor, "net_arch": [16], "optimizer_class": th.optim.SGD}
+    model = make(proposal="replay", learning_rate=1.0, policy_kwargs=kwargs)
+    loss = model._learner.critic_loss
+    monkeypatch.setattr(model._learner, "critic_loss", lambda *args: (0 * loss(*args)[0], loss(*args)[1]))
+    actor, critic = (network.features_extractor.linear.weight for network in (model.actor, model.critic))
+    actor_before, critic_before = actor.detach().clone(), critic.detach().clone()
+    model._learner.update(transitions(8), gamma=0.9, tau=0.0, max_grad_norm=None)
+    assert not th.equal(actor, actor_before) and th.equal(critic, critic_before)
+
+
+def test_a_shared_extractor_is_stepped_with_the_actor() -> None:
+    kwargs = {"features_extractor_class": LinearExtractor, "share_features_extractor": True}
+    model = make(policy_kwargs=TINY["policy_kwargs"] | kwargs)
+    of_actor, of_critic = (
+        {id(p) for group in network.optimizer.param_groups for p in group["params"]} for network in (model.actor, model.critic)
+    )
+    assert not of_actor & of_critic and id(model.actor.features_extractor.linear.weight) in of_actor
+
+
+def test_metrics_are_means_over_the_updates_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make().learn(20)
+    losses, n_metrics = iter([1.0, 3.0]), len(model._learner.metric_names)
+    monkeypatch.setattr(model._learner, "run_update", lambda *_: th.full((n_metrics,), next(losses)))
+    model.train(2, 8)
+    assert model.logger.name_to_value["train/critic_loss"] == 2.0
+
+
 def test_times_are_within_their_limits() -> None:
     model, times = make(t_min=0.2), []
     target = model._learner.posterior_mean

@@ -63,6 +63,17 @@ def test_more_exploration_particles_find_better_actions() -> None:
     assert mean_q(1) < mean_q(8)
 
 
+def test_the_critic_chooses_and_not_its_target() -> None:
+    arguments = TINY | {"n_particles": 64, "n_exploration_particles": 1}
+    model, observations = QNE("MlpPolicy", "Pendulum-v1", **arguments), th.randn(200, 3)
+    for network in model.critic_target.q_networks:  # it prefers the opposite
+        network.output_layer.weight.data.neg_()
+    best, drawn = (model.predict(observations.numpy(), deterministic=how)[0] for how in (True, False))
+    encoded = model.critic.encode(observations)
+    q_best, q_drawn = (model.critic.min_q(encoded, th.as_tensor(actions) / 2) for actions in (best, drawn))
+    assert (q_best >= q_drawn).float().mean() > 0.9
+
+
 def test_an_actor_that_acted_alone_is_trained_again() -> None:
     model = QNE("MlpPolicy", "Pendulum-v1", **TINY)
     model.policy.set_training_mode(True)

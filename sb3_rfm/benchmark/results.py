@@ -115,8 +115,9 @@ class Results:
         if steps is None:
             finished = self.runs[self.runs["state"] == "finished"]
             there = self.evaluations.merge(finished[RUN], on=RUN)
-            last = {task: last_common_step(rows) for task, rows in there.groupby("env_id")}
+            last = {}
             for task, rows in there.groupby("env_id"):
+                last[task] = last_common_step(rows)
                 if last[task] == 0 < rows["step"].max():
                     raise ValueError(
                         f"The finished runs of {task} were never evaluated at the same step, but for the untrained ones: "
