@@ -733,16 +733,32 @@ def test_a_sweep_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert len(Results.load(tmp_path).at(None).runs) == 5
 
 
-def test_the_end_of_the_terminal_stops_the_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN], ids=["terminal", "nohup"])
+def test_the_end_of_the_terminal_stops_the_runs(tmp_path: Path, handler: signal.Handlers) -> None:
+    """Unless it was asked not to, as by ``nohup``, which the tests themselves may have been started with."""
     command = [sys.executable, "-m", "sb3_rfm.benchmark", "run", "--suite", "Pendulum-v1", "--algos", "rfm", "--seeds", "1"]
     command += ["--steps", "100000", "--eval-episodes", "1", "--out", str(tmp_path), "--set", "execution=eager"]
-    sweep = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    folder = RunFolder(tmp_path / "Pendulum-v1" / "rfm" / "seed-0")
-    wait_until(lambda: folder.status["step"] > 0)
-    sweep.send_signal(signal.SIGHUP)
-    _, error = sweep.communicate(timeout=120)
-    assert sweep.returncode == 130 and "The same command continues." in error
-    assert folder.checkpoint.exists() and not folder.is_busy
+    sweep = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, handler),
+    )
+    try:
+        folder = RunFolder(tmp_path / "Pendulum-v1" / "rfm" / "seed-0")
+        wait_until(lambda: folder.status["step"] > 0)
+        sweep.send_signal(signal.SIGHUP)
+        if handler == signal.SIG_IGN:
+            with pytest.raises(subprocess.TimeoutExpired):
+                sweep.wait(timeout=3)
+            sweep.terminate()
+        _, error = sweep.communicate(timeout=300)
+        assert sweep.returncode == 130 and "The same command continues." in error
+        assert folder.checkpoint.exists() and not folder.is_busy
+    finally:
+        sweep.kill()
 
 
 def test_runs_that_were_asked_for_with_more_steps_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
