@@ -37,7 +37,8 @@ LATENT_SPREAD = 0.5
 """Standard deviation of the latents of one state that the network is preconditioned for."""
 
 LATENT_SCALE = 1.0
-"""Spread of latents under a uniform action: the density sech^2 has standard deviation pi / sqrt(12) = 0.91."""
+"""Spread of latents under a uniform action, whose density sech^2 has standard deviation pi / sqrt(12) = 0.91, rounded up:
+candidates from too narrow a proposal would miss what is outside."""
 
 
 def squash(latents: Tensor) -> Tensor:
@@ -73,7 +74,8 @@ def boltzmann_log_prob(latents: Tensor, q: Tensor, temperature: Tensor | float) 
 
 
 class BoundedPolicy(PersistentModel, BasePolicy):
-    """A policy whose actions never leave their box by a rounding, however small, large or degenerate it is."""
+    """A policy whose actions stay within their box, also where it is so small, large or flat that rounding would put them
+    outside."""
 
     def predict(self, observation: Any, *args: Any, **kwargs: Any) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Actions for observations; see SB3's ``BasePolicy.predict``.
@@ -126,7 +128,8 @@ class FlowActor(BoundedPolicy):
         the papers), ``"sde"`` (reverse diffusion, in steps as those of ``"ode"``) or ``"langevin"`` (the ODE, and a Langevin
         step near its end)
     :param integration_steps: Steps from noise to action, one evaluation of the network each; Langevin dynamics take one more
-    :param t_min: First time for which the flow is trained
+    :param t_min: The flow is trained for times from here to ``1 - t_min``. Before, it is asked for ``t_min``; after, where
+        the last of many steps may lie, it goes on as it is, and what it still corrects vanishes with the noise
     """
 
     features_extractor: BaseFeaturesExtractor
@@ -209,8 +212,8 @@ class FlowActor(BoundedPolicy):
         """``E[u_1 | u_t]``.
 
         The network corrects what would be right if the latents of each state were Gaussian around 0 with standard deviation
-        ``LATENT_SPREAD``, by an amount that vanishes with the noise. Near the data the prediction follows ``u_t`` from the
-        start: that it does decides how far apart drawn actions lie.
+        ``LATENT_SPREAD``, by an amount that vanishes with the noise. Near the data the prediction is nearly ``u_t`` itself,
+        already before training; without that, actions drawn at one state would lie too close together.
 
         :param encoded: ``network.encode(features)``, (B, H)
         :param latents: ``u_t``, (B, D) or (B, P, D)

@@ -1,10 +1,9 @@
 """Checkpoints from which a run continues as if it had never been interrupted.
 
 A checkpoint is one file: the model as ``save`` writes it (weights, optimizers, counters, last observation), the replay buffer,
-the statistics of ``VecNormalize`` and its like, the state of every random generator, and the state of the environments
-(:mod:`sb3_rfm.rewindable`). It is
-taken between two rollouts, where all of these are consistent, and written under another name first, so that a process killed
-at any moment leaves the checkpoints it had.
+the statistics of ``VecNormalize`` and its like, the state of the random generators (of Python, NumPy, and PyTorch on CPU and
+CUDA), and the state of the environments (:mod:`sb3_rfm.rewindable`). It is taken between two rollouts, where all of these are
+consistent, and written under another name first, so that a process killed at any moment leaves the checkpoints it had.
 """
 
 import io
@@ -21,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3 import HerReplayBuffer
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -48,8 +47,8 @@ class RunCheckpoint(BaseCallback):
     :param name_prefix: Their name before the number of steps
     :param keep_last: How many to keep; None for all
     :param verbose: 2 → say when a checkpoint is written
-    :raises ValueError: for arguments out of range, and when training starts in a folder that has checkpoints of a later step,
-        which are another run's
+    :raises ValueError: for arguments out of range, and when training starts: for algorithms of others, and in a folder that
+        has checkpoints of a later step, which are another run's
     """
 
     def __init__(
@@ -73,6 +72,11 @@ class RunCheckpoint(BaseCallback):
         self._is_between_rollouts = True
 
     def _init_callback(self) -> None:
+        if not hasattr(self.model, "resume"):
+            raise ValueError(
+                f"RunCheckpoint writes runs of sb3_rfm's algorithms, and {type(self.model).__name__} could not resume one: "
+                "use SB3's CheckpointCallback."
+            )
         self.save_path.mkdir(parents=True, exist_ok=True)
         for path in checkpoints(self.save_path, self.name_prefix):
             if steps_of(path) > self.model.num_timesteps:
@@ -284,12 +288,18 @@ def end_trajectories(buffer: ReplayBuffer) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SB3's, for those who did not mean to
             buffer.truncate_last_trajectory()
-    elif buffer.size() > 0:
+    elif buffer.size() > 0 and (buffer.handle_timeout_termination or _reads_ahead(buffer)):
         last = (buffer.pos - 1) % buffer.buffer_size
         under_way = buffer.dones[last] == 0
         buffer.dones[last][under_way] = 1
         if buffer.handle_timeout_termination:  # it is none of the environment's own: values go on
             buffer.timeouts[last][under_way] = 1
+
+
+def _reads_ahead(buffer: ReplayBuffer) -> bool:
+    """Whether what is stored next changes what is read of a transition. Where it does not, one whose end cannot be told from
+    the environment's own had better stay as it is."""
+    return isinstance(buffer, NStepReplayBuffer) or buffer.optimize_memory_usage
 
 
 def random_state(model: OffPolicyAlgorithm) -> dict[str, Any]:

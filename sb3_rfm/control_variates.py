@@ -119,12 +119,13 @@ def fit_robust(weights: Tensor, values: Tensor, stein: Tensor, valid: Tensor, up
     2. The fit with equal weights, an ordinary regression of ``f`` on ``s`` over all candidates, shrunk likewise. It is small
        where the target is far from Gaussian on the scale on which the candidates lie, and there (1) extrapolates.
     3. A bound on the correction's length: the root of the candidates' weighted variance plus the jackknife variance of their
-       mean, which is how far from the mean a further draw would be expected. It holds where (1) and (2) agree by
+       mean, which is how far from the mean a further draw would be expected. It matters most where (1) and (2) agree by
        accident because all candidates lie on one side of the target.
 
     Shrinking multiplies a fit by its squared signal over squared signal plus squared standard error (:func:`_shrink`). All
-    three allow the exact coefficient where the target is an isotropic Gaussian, for which one candidate knows as much as all
-    (3 up to the chance that the mean is off by more than that length). The result is within [0, ``upper``] and does not
+    three allow the exact coefficient where the target is an isotropic Gaussian, for which one candidate knows as much as all,
+    but for (3) wherever the mean happens to be off by more than that length: often, with few candidates or a target far from
+    them. The result is within [0, ``upper``] and does not
     depend on the candidates' order.
 
     :param weights: Normalised weights, (B, K)

@@ -90,9 +90,10 @@ class QCritic(PersistentModel):
         return self.q_values(encoded, actions, reduced).amin(0)
 
     def split_q(self, encoded: list[Tensor], actions: Tensor, reduced: bool = False) -> Tensor:
-        """Q-values of which each state's come from one of the critics, which take turns along the batch. A loss that is an
-        average over the states is one over the critics, at the price of one; its optimum, where they differ, belongs to the
-        average of what is computed from each, and not to their average.
+        """Q-values of one critic for each state: row i is answered by critic ``i mod n_critics``.
+
+        A loss that averages over the batch then averages over the critics too, at the cost of one. Where they differ, its
+        optimum is the average of what follows from each critic, and not what follows from their average.
 
         :param encoded: Result of :meth:`encode`
         :param actions: (B, D) or (B, K, D), in [-1, 1]

@@ -12,7 +12,8 @@ from sb3_rfm.rfm import RFM
 class DQS(RFM):
     """Diffused Q-Sampling: the posterior mean as a Q-weighted mean of gradients of Q.
 
-    The parameters are those of :class:`~sb3_rfm.rfm.RFM` with ``coefficient`` fixed at 1.
+    The parameters are those of :class:`~sb3_rfm.rfm.RFM` with ``coefficient`` fixed at 1. With the Gaussian ``source``, the
+    default, that leaves nothing but gradients; with another, of another variance, a part of the values stays.
     """
 
     default_coefficient: ClassVar[Coefficient] = 1.0

@@ -8,9 +8,9 @@ The mathematics of the package is written once, as plain functions of tensors. T
 - ``"auto"``: compiled, on the GPU with graphs, where a compiler is at hand and the run is long enough to repay it;
   else eager.
 
-A function that cannot be compiled falls back to eager execution on its own, with a warning, and a procedure in which the host
-waits for the device to launching its kernels one by one. Random numbers are drawn by the eager generators in every mode, so
-that all modes see the same noise.
+A function that cannot be compiled runs eagerly, with a warning, and the others stay compiled. A procedure in which the host
+waits for the device cannot be recorded as a graph: its kernels are launched one by one, with a warning too. Random numbers
+are drawn by the eager generators in every mode, so that all modes see the same noise.
 """
 
 import ctypes

@@ -33,7 +33,11 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path, name: str) -> None:
-    """Remove what a killed process had written of files in a folder, by a regular expression of their names."""
+    """Remove the unfinished files that a killed process left in a folder.
+
+    :param folder: The folder
+    :param name: Regular expression of the names that they were to get
+    """
     for path in folder.iterdir():
         if re.fullmatch(rf"\.[0-9a-f]{{32}}\.{name}", path.name):
             path.unlink(missing_ok=True)

@@ -89,14 +89,15 @@ class FlowActorCritic(PersistentAlgorithm):
         the papers), ``"sde"`` (reverse diffusion, in steps as those of ``"ode"``) or ``"langevin"`` (the ODE, and a Langevin
         step near its end)
     :param integration_steps: Network evaluations from noise to action; one more with ``sampler="langevin"``
-    :param proposal: What is noised to the points ``x_t`` of the regression: ``"policy"`` → actions of the current policy at
-        the next states, which are drawn for the critic's target, and an eighth of replayed ones, at their own states, so that
-        the first of an episode is among them and none after its end; ``"replay"`` → replayed actions alone
-    :param weighting: How much an error of the flow counts in each dimension: ``"uniform"`` → all the same, as in the papers;
-        ``"gradient"`` → the more, the more Q changes in it, see :func:`~sb3_rfm.learner.regression_weights`
+    :param proposal: Where the flow is regressed, and which actions are noised to ``x_t`` there: ``"policy"`` → mostly at the
+        next states of a batch, with the actions that the current policy draws for the critic's target; for one row in eight,
+        and where an episode ended, at the row's own state, with its replayed action. ``"replay"`` → at the states of the
+        batch, with their replayed actions
+    :param weighting: How much an error of the flow counts in each dimension: ``"uniform"`` → the same in all, as in the
+        papers; ``"gradient"`` → more in those where Q changes more, see :func:`~sb3_rfm.learner.regression_weights`
     :param n_particles: Particles drawn for a deterministic action, of which the one with the highest min Q is taken
-    :param n_exploration_particles: Particles drawn when exploring, one of which is chosen with probability ∝ exp(min Q / λ);
-        many of them act as at half the temperature, since the flow alone draws them in that proportion
+    :param n_exploration_particles: Particles drawn when exploring, one of which is chosen with probability ∝ exp(min Q / λ).
+        The flow's own draws are in that proportion already, so that many particles act as at half the temperature
     :param n_target_particles: The same at the next states, in the critic's target
     :param t_min: Training times lie in [t_min, 1 - t_min]
     :param max_grad_norm: Largest norm of a gradient of actor or critic; None for no clipping
@@ -281,7 +282,7 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
-        check_finite("observation", self._last_obs, NOT_LEARNED)
+        self._check_first_observation()
         n_updates = self._n_updates - self._n_updates_at_setup + self._expected_updates(total_timesteps)
         mode = resolve_mode(self.execution, self.device, n_updates)
         if mode != self._learner.executor.mode:
@@ -292,6 +293,14 @@ class FlowActorCritic(PersistentAlgorithm):
         if mode == "eager" and self.execution == "auto" and could_compile:
             self._inform("No C++ compiler was found: updates run as written, slower than compiled.")
         return total_timesteps, callback
+
+    def _check_first_observation(self) -> None:
+        """Refuse an observation to begin with that is not finite; who tries again begins another episode."""
+        try:
+            check_finite("observation", self._last_obs, NOT_LEARNED)
+        except ValueError:
+            self._last_obs = None
+            raise
 
     def _expected_updates(self, total_timesteps: int) -> int:
         """Updates that ``total_timesteps`` environment steps will bring; a guess, where they come once an episode."""

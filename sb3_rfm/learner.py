@@ -34,7 +34,8 @@ RegressionTarget = Callable[[LogProb, Tensor, Tensor, Tensor], PosteriorMean]
 (B, D), their times, (B,), and the flow's own prediction of the data mean there, (B, D)."""
 
 REPLAYED_EVERY = 8
-"""With ``proposal="policy"``, one row in so many is regressed at its own state: no transition leads to an episode's first."""
+"""With ``proposal="policy"``, one row in so many is regressed at its own state, because the first state of an episode is the
+next state of no transition."""
 
 
 class Inputs(NamedTuple):
@@ -186,10 +187,12 @@ class Learner:
         return Inputs(critic_features, next_q, actor_features, value_features, x_1, metrics)
 
     def replayed_rows(self, dones: Tensor) -> Tensor:
-        """Rows of a batch whose own state and action are taken where the others' next state and the policy's action there are.
+        """Rows at whose own state and action the flow is regressed; for the others it is the next state, and the policy's
+        action there.
 
-        No target says what Q is after the end of an episode, and nothing else tells the flow what to do at its beginning. The
-        rows lie all over the batch, and are those of all critics (:meth:`QCritic.split_q`).
+        They are one in ``REPLAYED_EVERY``, for the sake of the first states of episodes, and those that ended an episode:
+        no target says what Q is after that. They are spread over the batch, so that each critic answers for some
+        (:meth:`QCritic.split_q`).
 
         :param dones: 1 where a transition ended its episode, (B, 1)
         :return: (B,), bool
@@ -291,12 +294,11 @@ class Learner:
 def regression_weights(log_prob: LogProb, prediction: Tensor, spread: float = 0.3) -> Tensor:
     """How much an error of the flow costs in each dimension, from the log-density's gradient around its prediction.
 
-    A network that is never quite there errs where errors are cheap, in Q and not in the latent. The gradient is looked at near
-    the prediction and not at it, so that it tells of the slope where the policy is not yet at its best, and of the curvature
-    where it is. Weights are the square root of its size, as the gradient of a young critic is not to be trusted with whole
-    dimensions. The point is none of the candidates: with weights that are independent of what it is regressed on, a flow still
-    has its optimum at the posterior mean of one critic, whatever they are. One dimension has nothing to be compared with. The
-    rule is this library's.
+    A network of limited accuracy should err in the dimensions where that costs little Q. The gradient is taken at a random
+    point near the prediction: it shows the slope where the policy is not yet at its best, and the curvature where it is.
+    Weights are the square root of its size, so that a critic that has learned little yet cannot switch dimensions off. The
+    point is none of the candidates: weights that are independent of the regression target leave the optimum, the posterior
+    mean of one critic, where it is. With one dimension, all weights are 1. The rule is this library's.
 
     :param log_prob: Log-density of the Boltzmann policy in the latent, (B, D) → (B,)
     :param prediction: The flow's prediction of the data mean, (B, D)

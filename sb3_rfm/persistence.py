@@ -65,7 +65,8 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         :param trusted: Read everything, as SB3 does: this runs any code that the file contains
         :param kwargs: Attributes of the model to replace
         :raises ~sb3_rfm.safe_pickle.RefusedError: where the file refers to anything but known data types, unless ``trusted``
-        :raises ValueError: where the file is not a saved model of this algorithm, or ``kwargs`` names no attribute
+        :raises ValueError: where the file is not a saved model of this algorithm, or ``kwargs`` names no attribute that a
+            model can be given
         """
         content, name = _read(path, suffix="zip")
         members, objects = safe_pickle.read_model(content, name, custom_objects or (), trusted)
@@ -73,7 +74,10 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         theirs = members.get("algorithm", ours)  # older files do not say
         if theirs != ours:
             raise ValueError(f"{name} was saved by {theirs}, not by {ours}: load it with {theirs}.load.")
-        unknown = kwargs.keys() - inspect.signature(cls.__init__).parameters.keys() - members.keys()
+        if "stats_window_size" in kwargs:
+            kwargs["_stats_window_size"] = kwargs.pop("stats_window_size")
+        arguments = inspect.signature(cls.__init__).parameters.keys() - {"policy", "_init_setup_model"}
+        unknown = kwargs.keys() - arguments - members.keys()
         if unknown:
             raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))} that load could replace.")
         content.seek(0)
@@ -188,7 +192,7 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         return model
 
     def settled_arguments(self) -> dict[str, Any]:
-        """Arguments that a resumed run takes from the run, and not from the model: what ``"auto"`` stood for in it."""
+        """Arguments with which a run is resumed instead of the saved ones: what ``"auto"`` stood for in it."""
         return {}
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
@@ -198,7 +202,7 @@ class PersistentAlgorithm(OffPolicyAlgorithm):
         states = [copy.deepcopy(vars(part)) for part in _parts(noise)]
         result = super()._setup_learn(total_timesteps, *args, **kwargs)
         is_reset = self._last_obs is not observation
-        if is_reset and isinstance(self.replay_buffer, (NStepReplayBuffer, HerReplayBuffer)):
+        if is_reset and self.replay_buffer is not None:
             checkpoint.end_trajectories(self.replay_buffer)  # else returns and goals would come from another episode
         goes_on = observation is not None and not is_reset and self.num_timesteps > 0
         if goes_on and self.action_noise is noise:

@@ -55,8 +55,8 @@ class PosteriorMean(NamedTuple):
     """Effective sample size, (B,): ``1 / sum_k W_k^2``, between 1 and K, for importance sampling. That of chains and particles
     does not see what they have in common: where all descend from one candidate, it is far too large"""
     coefficient: Tensor
-    """``Lambda`` in noise coordinates, (B, D): 0 is a plain posterior mean, 1 (a Gaussian source's variance) a pure gradient
-    estimate"""
+    """``Lambda`` in noise coordinates, (B, D): 0 is a plain posterior mean, the source's variance (1 for the Gaussian) a pure
+    gradient estimate"""
     variance_ratio: Tensor
     """Estimated variance of the estimate over that without control variate, as if candidates were independent, (B,); 1 where a
     single candidate counts"""
@@ -74,8 +74,9 @@ class PosteriorMeanEstimator:
     :param n_candidates: Number K of candidates drawn for each ``x_t``
     :param coefficient: The control variate's ``Lambda`` in noise coordinates: ``"optimal"`` → RFM (see
         :func:`~sb3_rfm.control_variates.fit_robust`), 0 → QNE, 1 → DQS, any other number, or one number for each
-        dimension; ``"scalar"`` and ``"diagonal"`` → the textbook fits of least asymptotic variance, between 0 and 1, without
-        the guards that keep ``"optimal"`` from being worse than 0 when few candidates count
+        dimension; ``"scalar"`` and ``"diagonal"`` → the textbook fits of least asymptotic variance, between 0 and
+        the source's variance as well, without the guards that keep ``"optimal"`` from being worse than 0 when few candidates
+        count
     :param source: ``"gaussian"``, a ``torch.distributions`` distribution or a :class:`~sb3_rfm.sources.Source`
     :param data_scale: How far the data reaches from the origin: its root mean square in a dimension, roughly. Candidates
         then come from the posterior that a Gaussian p1 around the origin of that scale would have, instead of the source;

@@ -16,8 +16,8 @@ class QSM(FlowActorCritic):
     """Q-Score Matching: the target takes one gradient of Q, at ``x_t``, and no candidates.
 
     The parameters are those of :class:`~sb3_rfm.flow_actor_critic.FlowActorCritic`; ``n_candidates`` is not used, there is no
-    ``coefficient``, and ``source`` must be Gaussian. ``sampler`` chooses between reverse diffusion, its ODE, and Langevin
-    dynamics.
+    ``coefficient``, and ``source`` must be Gaussian. ``sampler`` chooses between reverse diffusion, its ODE, and the ODE with
+    a Langevin step near its end.
     """
 
     def _check_arguments(self) -> None:

@@ -73,8 +73,8 @@ class Rewindable(gym.Wrapper):
 
 
 def make_rewindable(env: VecEnv) -> bool:
-    """Wrap the environments of a ``DummyVecEnv`` in :class:`Rewindable` where it is not the outermost wrapper, unless they
-    have ``get_run_state`` and ``set_run_state`` of their own, and no wrappers but SB3's ``Monitor``.
+    """Wrap each environment of a ``DummyVecEnv`` in :class:`Rewindable`, unless that is its outermost wrapper already, or it
+    has ``get_run_state`` and ``set_run_state`` of its own and no wrapper but SB3's ``Monitor`` and those of ``gym.make``.
 
     :param env: Vectorised environment
     :return: Whether any was wrapped; they must then be reset
@@ -89,8 +89,8 @@ def make_rewindable(env: VecEnv) -> bool:
 
 
 def _keeps_its_state(env: gym.Env) -> bool:
-    """Whether what the environment says of its state is all there is: a wrapper around it would have a state of its own. Of
-    SB3's ``Monitor``, and of the checks that ``gym.make`` adds, nothing but a reset is needed."""
+    """Whether what the environment returns as its state is complete. Other wrappers may have a state of their own, which it
+    would miss; SB3's ``Monitor`` and the checks that ``gym.make`` adds need nothing but a reset."""
     if isinstance(env, Rewindable):
         return True
     while isinstance(env, (Monitor, OrderEnforcing, PassiveEnvChecker)):

@@ -42,7 +42,7 @@ def time_grid(n_steps: int, t_min: float = 0.0, t_max: float = 1.0, device: torc
 
 def noise_grid(path: Path, n_steps: int) -> Tensor:
     """``n_steps + 1`` times from 0 to 1 that get denser towards the data, where narrow distributions take their shape: after
-    i of n steps, the share ``sigma / (alpha + sigma)`` of the noise has gone down by ``(1 - i / n)^2`` of its whole way.
+    i of n steps, the share ``sigma / (alpha + sigma)`` of the noise has ``(1 - i / n)^2`` of its whole way down before it.
 
     It is this library's, after Karras et al. (arXiv 2206.00364), eq. 5.
 
@@ -60,11 +60,11 @@ def noise_grid(path: Path, n_steps: int) -> Tensor:
 
 
 def integrate_ode(velocity: Field, x: Tensor, times: Tensor, method: Literal["euler", "midpoint", "heun"] = "euler") -> Tensor:
-    """Integrate ``dx/dt = v(x, t)`` over a grid of times.
+    """Integrate ``dx/dt = v(x, t)`` over a grid of times, from noise to data or back.
 
     :param velocity: ``v(x, t)``
     :param x: State at ``times[0]``, (B, ..., D)
-    :param times: Increasing times, (N + 1,)
+    :param times: Increasing times, (N + 1,); decreasing ones carry data back to noise
     :param method: ``"euler"`` (N evaluations), ``"midpoint"`` or ``"heun"`` (2 N evaluations, second order)
     :return: State at ``times[-1]``, (B, ..., D)
     :raises ValueError: for an unknown method, or a velocity of another shape than ``x``
@@ -179,8 +179,8 @@ def denoise_unchecked(
 
 
 def _way_ahead(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """How far the middle of a step lies behind its beginning, in terms of ``log(alpha / sigma)``, over the length of the step
-    before; 0 where either step has a pure end, which is infinitely far.
+    """How far the middle of a step lies ahead of its beginning, in terms of ``log(alpha / sigma)``, over the length of the
+    step before (``1 / (2 r)`` in DPM-Solver++ 2M); 0 where either step has a pure end, which is infinitely far.
 
     :param alpha: At the times of a grid, (N + 1,)
     :param sigma: (N + 1,)

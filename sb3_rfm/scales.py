@@ -1,6 +1,6 @@
 """The scales that follow the rewards: the critics' unit, and the temperature.
 
-With both, learning does not depend on the currency in which rewards are paid. They live in the policy's state, and change a
+With both, learning does not depend on the scale of the rewards. They live in the policy's state, and change a
 little with every batch.
 
 Sources: van Hasselt et al., Pop-Art (arXiv 1602.07714), for rescaled outputs; the rule of the temperature is this library's.
@@ -15,8 +15,8 @@ from sb3_rfm.policies import FlowPolicy
 
 @th.no_grad()
 def update_reward_scale(policy: FlowPolicy, rewards: Tensor, scale_temperature: bool) -> None:
-    """Keep the critics' unit at the mean size of a reward: values are of order 1 / (1 - gamma) in it, in any currency.
-    With ``n_steps > 1``, what a transition brings is the n-step return, and the unit the mean size of that.
+    """Keep the critics' unit at the mean size of a reward: values are then of order 1 / (1 - gamma), whatever the scale of
+    the rewards. With ``n_steps > 1``, what a transition brings is the n-step return, and the unit the mean size of that.
 
     Batches without any reward do not count: where rewards are sparse, the unit would shrink towards zero.
 

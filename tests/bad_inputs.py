@@ -319,6 +319,7 @@ MODELS = [
     Case("`load` for other actions", lambda files: RFM.load(files / "model.zip", env=Env(VECTOR, VECTOR)), "Action spaces"),
     Case("`load(..., tau=7)`", lambda files: RFM.load(files / "model.zip", tau=7), "tau"),
     Case("`load(..., temprature=1)`", lambda files: RFM.load(files / "model.zip", temprature=1), "temprature"),
+    Case("`load(..., policy='CnnPolicy')`", lambda files: RFM.load(files / "model.zip", policy="CnnPolicy"), "no policy"),
     Case(
         "`load` without environment, then `learn`", lambda files: RFM.load(files / "model.zip").learn(9), "set", AssertionError
     ),
@@ -338,6 +339,11 @@ RUNS = [
         "`RunCheckpoint` in the folder of another run",
         lambda files: make().learn(5, callback=RunCheckpoint(5, files.folder)),
         "another run",
+    ),
+    Case(
+        "`RunCheckpoint` with SB3's SAC",
+        lambda files: SAC("MlpPolicy", Env(), buffer_size=10).learn(5, callback=RunCheckpoint(5, files / "empty")),
+        "CheckpointCallback",
     ),
     Case("`resume` of no folder", lambda files: RFM.resume(files / "nowhere"), "nowhere", FileNotFoundError),
     Case("… a folder without checkpoints", lambda files: RFM.resume(files / "empty"), "no checkpoint", FileNotFoundError),

@@ -318,12 +318,18 @@ def test_arguments_of_no_replay_buffer_are_refused() -> None:
 
 def test_the_first_observation_must_be_finite_too() -> None:
     class Broken(ConstantReward):
-        def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-            super().reset(**kwargs)
-            return np.full(1, np.inf, np.float32), {}
+        is_broken = True
 
+        def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+            observation, info = super().reset(**kwargs)
+            return (np.full(1, np.inf, np.float32) if self.is_broken else observation), info
+
+    env = Broken()
+    model = RFM("MlpPolicy", env, **TINY)
     with pytest.raises(ValueError, match=r"observation.*not finite"):
-        RFM("MlpPolicy", Broken(), **TINY).learn(5)
+        model.learn(5)
+    env.is_broken = False
+    assert model.learn(5, reset_num_timesteps=False).num_timesteps == 5, "another episode begins"
 
 
 def test_nothing_is_learned_from_goals_with_infinite_rewards() -> None:

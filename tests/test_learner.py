@@ -293,19 +293,32 @@ def test_weights_hardly_depend_on_the_precision() -> None:
     assert 0 < (weights(True) - exact).abs().mean() < 0.1 * exact.std()
 
 
-@pytest.mark.parametrize(("weighting", "factor"), [("uniform", 1.0), ("gradient", 3.0)])
-def test_the_weights_are_those_of_the_regression(weighting: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(weighting=weighting)
-    monkeypatch.setattr("sb3_rfm.learner.regression_weights", lambda log_prob, prediction: 3.0)
+@pytest.mark.parametrize(("weighting", "expected"), [("uniform", 1 + 4 + 9), ("gradient", 3 * 1 + 2 * 4 + 1 * 9)])
+def test_the_weights_are_those_of_the_regression(weighting: str, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are looked for around the prediction, and an error counts by the weight of its dimension."""
+
+    class Box(gym.Env):
+        observation_space = gym.spaces.Box(-1, 1, (2,))
+        action_space = gym.spaces.Box(-1, 1, (3,))
+
+    model, looked_at, guesses = RFM("MlpPolicy", Box(), **TINY, weighting=weighting), [], []
+
+    def weights(log_prob: Any, prediction: Tensor) -> Tensor:
+        looked_at.append(prediction)
+        return th.tensor([3.0, 2.0, 1.0]).expand_as(prediction)
+
+    def off_by_one_two_three(log_prob: Any, x_t: Tensor, t: Tensor, guess: Tensor) -> Any:
+        guesses.append(guess)
+        return target(log_prob, x_t, t, guess)._replace(x1=guess + th.tensor([1.0, -2.0, 3.0]))
+
     target = model._learner.posterior_mean
-    monkeypatch.setattr(
-        model._learner,
-        "posterior_mean",
-        lambda *args: target(*args)._replace(x1=args[-1] + 1),  # one off everywhere
-    )
-    features, latents = th.randn(8, 3), unsquash(1.6 * th.rand(8, 1) - 0.8)
-    loss, _ = model._learner.actor_loss(features, features, latents)
-    assert loss.item() == pytest.approx(factor)
+    monkeypatch.setattr("sb3_rfm.learner.regression_weights", weights)
+    monkeypatch.setattr(model._learner, "posterior_mean", off_by_one_two_three)
+    features = th.randn(8, 2)
+    loss, _ = model._learner.actor_loss(features, features, unsquash(0.5 * th.rand(8, 3)))
+    assert loss.item() == pytest.approx(expected)
+    if weighting == "gradient":
+        th.testing.assert_close(looked_at, guesses)
 
 
 def test_an_untrained_network_predicts_the_mean_of_the_gaussian_it_is_preconditioned_for() -> None:
@@ -367,6 +380,8 @@ def test_the_first_reward_sets_the_unit_of_what_networks_say(dtype: th.dtype) ->
     th.testing.assert_close(values(), 3 * fresh)
     assert critic.scale.item() == pytest.approx(4.0), "the mean size of a reward"
     assert model.critic_target.scale.item() == pytest.approx(4.0)
+    update_reward_scale(model.policy, th.full((4, 1), -10.0, dtype=dtype), scale_temperature=True)
+    assert critic.scale.item() == pytest.approx(6.0), "of all batches that had any"
 
 
 def test_frozen_layers_are_not_trained() -> None:

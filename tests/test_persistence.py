@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -74,6 +75,12 @@ def test_a_temperature_given_to_load_counts(how: str, tmp_path: Path) -> None:
         given: Any = {"temperature": 0.5} if how == "argument" else {"custom_objects": {"temperature": 0.5}}
         loaded = RFM.load(tmp_path / "model", env=gym.make("Pendulum-v1"), **given).learn(20)
         assert loaded.policy.temperature.item() == 0.5
+
+
+def test_the_window_of_statistics_can_be_given_to_load(tmp_path: Path) -> None:
+    RFM("MlpPolicy", "Pendulum-v1", **TINY).save(tmp_path / "model")
+    model = RFM.load(tmp_path / "model", env=gym.make("Pendulum-v1"), stats_window_size=5).learn(10)
+    assert model.ep_info_buffer.maxlen == 5
 
 
 @pytest.mark.parametrize(
@@ -507,6 +514,22 @@ class Own(gym.Wrapper):
         self.unwrapped.state = state
 
 
+def test_resume_sources_of_chance_that_callbacks_share(tmp_path: Path) -> None:
+    """Python's and NumPy's generators belong to the run, too: what callbacks draw from them goes on."""
+    drawn: dict[int, tuple[float, float]] = {}
+
+    class Draw(BaseCallback):
+        def _on_step(self) -> bool:
+            drawn[self.num_timesteps] = random.random(), np.random.rand()  # noqa: NPY002
+            return True
+
+    RFM("MlpPolicy", "Pendulum-v1", **TINY).learn(30, callback=[RunCheckpoint(20, tmp_path), Draw()])
+    expected = dict(drawn)
+    resumed = RFM.resume(tmp_path / "checkpoint_20_steps.zip", env=gym.make("Pendulum-v1"))
+    resumed.learn(resumed.remaining_timesteps, callback=Draw(), reset_num_timesteps=False)
+    assert drawn == expected
+
+
 @pytest.mark.parametrize(
     "make_env",
     [
@@ -736,6 +759,17 @@ def test_n_step_returns_end_where_the_environment_is_reset() -> None:
     th.testing.assert_close(batch.next_observations[1], th.tensor(buffer.next_observations[23, 0]))
     assert batch.rewards[1].item() == pytest.approx(buffer.rewards[23, 0])
     assert batch.discounts[1].item() == pytest.approx(model.gamma) and not batch.dones[1]  # its value goes on
+
+
+@pytest.mark.parametrize("optimize_memory_usage", [True, False])
+def test_a_buffer_that_reads_ahead_is_told_where_the_environment_was_reset(optimize_memory_usage: bool) -> None:
+    """It takes the next observation from the next transition. Another buffer, with no word for a time limit, is left alone."""
+    kwargs = {"handle_timeout_termination": False}
+    arguments = TINY | {"optimize_memory_usage": optimize_memory_usage, "replay_buffer_kwargs": kwargs}
+    model = RFM("MlpPolicy", "Pendulum-v1", **arguments).learn(15)
+    model.set_env(gym.make("Pendulum-v1"))
+    model.learn(5, reset_num_timesteps=False)
+    assert model.replay_buffer.dones[:20].flatten().nonzero()[0].tolist() == ([14] if optimize_memory_usage else [])
 
 
 def test_goals_come_from_the_episode_before_the_environment_is_reset() -> None:

@@ -979,13 +979,15 @@ def test_the_hot_path_compiles_into_one_graph() -> None:
 
 
 def test_the_loss_is_the_squared_error_to_the_estimate() -> None:
-    estimator = PosteriorMeanEstimator(n_candidates=8)
+    estimator = PosteriorMeanEstimator(n_candidates=8, data_scale=1.0)  # whose candidates depend on the guess
     model = torch.nn.Linear(2, 2).double()
-    x_t, t = normal(6, 2), times(0.5, 6)
+    x_t, t, guess = normal(6, 2), times(0.5, 6), normal(6, 2)
+    estimate = estimator(MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(1), guess)
     for parametrisation, field in (("velocity", "velocity"), ("data", "x1"), ("noise", "x0"), ("score", "score")):
         loss_fn = ReverseFlowMatchingLoss(estimator, parametrisation)  # type: ignore[arg-type]
-        loss, result = loss_fn(lambda x, t: model(x), MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(1))
-        expected = (model(x_t) - getattr(result, field)).square().sum(1).mean()
+        loss, result = loss_fn(lambda x, t: model(x), MIXTURE.log_prob, x_t, t, torch.Generator().manual_seed(1), guess)
+        assert_same(result, estimate)
+        expected = (model(x_t) - getattr(estimate, field)).square().sum(1).mean()
         torch.testing.assert_close(loss, expected)
     loss.backward()
     assert model.weight.grad is not None
