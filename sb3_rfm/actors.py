@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
 
-from sb3_rfm.arguments import WEIGHTS_LOST, check_observation, check_sampler
 from sb3_rfm.checks import check_integer
+from sb3_rfm.finite import WEIGHTS_LOST, check_observation
 from sb3_rfm.networks import ConditionalMLP, TimeEmbedding
 from sb3_rfm.paths import Path, expand_to, get_path
 from sb3_rfm.persistence import PersistentModel
 from sb3_rfm.samplers import denoise_unchecked, langevin, noise_grid, time_grid
-from sb3_rfm.sources import Source, get_source
+from sb3_rfm.sources import GaussianSource, Source, get_source
 
 LATENT_BOUND = 4.0
 """Largest latent that is drawn; tanh(4) = 0.9993."""
@@ -71,6 +71,20 @@ def boltzmann_log_prob(latents: Tensor, q: Tensor, temperature: Tensor | float) 
     :return: (...)
     """
     return q / temperature + log_sech2(latents).sum(-1)
+
+
+def check_sampler(sampler: str, source: Source) -> None:
+    """Validate a way to draw latents from a flow.
+
+    :raises ValueError: for unknown samplers, and for those that the source does not allow
+    """
+    if sampler not in ("ode", "euler", "sde", "langevin"):
+        raise ValueError(f"sampler must be 'ode', 'euler', 'sde' or 'langevin', got {sampler!r}.")
+    if sampler in ("sde", "langevin") and not isinstance(source, GaussianSource):
+        raise ValueError(
+            f"sampler={sampler!r} needs source='gaussian', whose score follows from the flow's data prediction; "
+            "other sources go with sampler='ode' or 'euler'."
+        )
 
 
 class BoundedPolicy(PersistentModel, BasePolicy):

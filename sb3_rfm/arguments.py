@@ -1,9 +1,8 @@
-"""Checks of what users pass, and of what environments return: each error says what was wrong and what was expected."""
+"""Checks of the algorithms' arguments: each error says what was wrong and what was expected."""
 
 import copy
 import inspect
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,36 +12,22 @@ from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import get_action_dim
 
+from sb3_rfm.actors import check_sampler
 from sb3_rfm.checks import check_integer, is_number
 from sb3_rfm.control_variates import check_coefficient
 from sb3_rfm.dict_observations import scalar_keys
 from sb3_rfm.execution import check_execution
 from sb3_rfm.paths import get_path
-from sb3_rfm.sources import GaussianSource, Source, get_source
+from sb3_rfm.policies import FlowPolicy
+from sb3_rfm.sources import Source, get_source
 
 if TYPE_CHECKING:
     from sb3_rfm.flow_actor_critic import FlowActorCritic
 
 AUTO_TEMPERATURE = 0.05
 """``temperature="auto"`` is ``"auto_0.05"``."""
-
-WEIGHTS_LOST = (
-    "The weights are lost: numbers too large for the networks have come from the environment, or the learning rate is far too "
-    "high. Go on from a model that was saved before."
-)
-NOT_LEARNED = (
-    "The environment returned it. Nothing was learned from it: the weights and the replay buffer are as before this step."
-)
-RELABELLED = (
-    "HerReplayBuffer computed it for another goal. Nothing was learned from it: the weights are as before this update."
-)
-STATISTICS_LOST = (
-    "VecNormalize averages all that it sees, and its statistics are lost with the first such number, now or before: go on "
-    "with a new one, or with what VecNormalize.load reads."
-)
 
 OBSERVATIONS = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Dict)
 
@@ -53,15 +38,14 @@ def check_share(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}.")
 
 
-def check_algorithm(model: OffPolicyAlgorithm, policy_type: type[BasePolicy]) -> None:
+def check_algorithm(model: OffPolicyAlgorithm) -> None:
     """Check the arguments that Stable-Baselines3 takes as they come, and the spaces.
 
     :param model: The algorithm, before its networks are built
-    :param policy_type: What its policy must be a subclass of
     :raises ValueError: for what SB3 would accept, and fail on later
     """
-    if not (isinstance(model.policy_class, type) and issubclass(model.policy_class, policy_type)):
-        raise ValueError(f"{_expected_policy(model, policy_type)}, got {model.policy_class!r}.")
+    if not (isinstance(model.policy_class, type) and issubclass(model.policy_class, FlowPolicy)):
+        raise ValueError(f"{_expected_policy(model)}, got {model.policy_class!r}.")
     if getattr(model, "action_space", None) is None:
         raise ValueError(f"{type(model).__name__} needs an environment, or the name of a registered one, got None.")
     if not isinstance(model.observation_space, OBSERVATIONS):
@@ -95,11 +79,10 @@ def check_algorithm(model: OffPolicyAlgorithm, policy_type: type[BasePolicy]) ->
         raise ValueError(f"{buffer.__name__} cannot store scalar entries; make vectors of length one of {scalars}.")
 
 
-def check_flow(model: "FlowActorCritic", policy_type: type[BasePolicy]) -> None:
+def check_flow(model: "FlowActorCritic") -> None:
     """Check the arguments that a flow policy adds to those of Stable-Baselines3.
 
     :param model: The algorithm, before its networks are built
-    :param policy_type: Class of its policy, whose ``configure_sampling`` takes what is not for ``policy_kwargs``
     :raises ValueError: for arguments out of range
     """
     parse_auto_temperature(model.temperature)
@@ -118,7 +101,7 @@ def check_flow(model: "FlowActorCritic", policy_type: type[BasePolicy]) -> None:
         raise ValueError(f"t_min must lie strictly between 0 and 1/2, got {model.t_min!r}.")
     if model.max_grad_norm is not None and not (is_number(model.max_grad_norm) and model.max_grad_norm > 0):
         raise ValueError(f"max_grad_norm must be None or a positive number, got {model.max_grad_norm!r}.")
-    sampling = inspect.signature(policy_type.configure_sampling).parameters  # type: ignore[attr-defined]
+    sampling = inspect.signature(FlowPolicy.configure_sampling).parameters
     if misplaced := sorted(model.policy_kwargs.keys() & sampling.keys()):
         raise ValueError(f"policy_kwargs must not have {', '.join(misplaced)}: pass it to {name} itself.")
     get_path(model.path)
@@ -126,20 +109,6 @@ def check_flow(model: "FlowActorCritic", policy_type: type[BasePolicy]) -> None:
     check_sampler(model.sampler, source)
     check_source(source, get_action_dim(model.action_space))
     check_execution(model.execution, model.precision)
-
-
-def check_sampler(sampler: str, source: Source) -> None:
-    """Validate a way to draw latents from a flow.
-
-    :raises ValueError: for unknown samplers, and for those that the source does not allow
-    """
-    if sampler not in ("ode", "euler", "sde", "langevin"):
-        raise ValueError(f"sampler must be 'ode', 'euler', 'sde' or 'langevin', got {sampler!r}.")
-    if sampler in ("sde", "langevin") and not isinstance(source, GaussianSource):
-        raise ValueError(
-            f"sampler={sampler!r} needs source='gaussian', whose score follows from the flow's data prediction; "
-            "other sources go with sampler='ode' or 'euler'."
-        )
 
 
 def check_source(source: Source, action_dim: int) -> None:
@@ -156,92 +125,15 @@ def check_source(source: Source, action_dim: int) -> None:
         raise ValueError(f"source={what} cannot be copied, and no model with it could be saved ({error}).") from error
 
 
-def check_policy_name(model: OffPolicyAlgorithm, name: str, policy_type: type[BasePolicy]) -> None:
+def check_policy_name(model: OffPolicyAlgorithm, name: str) -> None:
     """Check that a policy is known by this name."""
     if name not in model.policy_aliases:
-        raise ValueError(f"{_expected_policy(model, policy_type)}, got {name!r}.")
+        raise ValueError(f"{_expected_policy(model)}, got {name!r}.")
 
 
-def _expected_policy(model: OffPolicyAlgorithm, policy_type: type[BasePolicy]) -> str:
+def _expected_policy(model: OffPolicyAlgorithm) -> str:
     names = ", ".join(map(repr, model.policy_aliases))
-    return f"The policy of {type(model).__name__} must be {names} or a subclass of {policy_type.__name__}"
-
-
-def check_networks(
-    net_arch: list[int] | dict[str, list[int]],
-    activation_fn: object,
-    optimizer_class: object,
-    n_critics: int,
-    layer_norm: object,
-) -> None:
-    """Check what networks are made of.
-
-    :raises ValueError: for anything of which none can be made
-    """
-    for widths in net_arch.values() if isinstance(net_arch, dict) else [net_arch]:
-        if not isinstance(widths, (list, tuple)):
-            raise ValueError(f"net_arch must be a list of widths, or dict(pi=[...], qf=[...]), got {net_arch!r}.")
-        for width in widths:
-            check_integer("Each width in net_arch", width, 1)
-    for name, value, example in (
-        ("activation_fn", activation_fn, "torch.nn.ReLU"),
-        ("optimizer_class", optimizer_class, "torch.optim.Adam"),
-    ):
-        if not callable(value):
-            raise ValueError(f"{name} must be a class, such as {example}, got {value!r}.")
-    check_integer("n_critics", n_critics, 1)
-    if not isinstance(layer_norm, bool):
-        raise ValueError(f"layer_norm must be True or False, got {layer_norm!r}.")
-
-
-def check_observation(observation: Any, space: spaces.Space) -> None:
-    """Check an observation that a policy is to act on, as far as SB3 does not.
-
-    :param observation: One observation or a batch
-    :param space: Observation space of the policy
-    :raises ValueError: for other entries of a dictionary, and for numbers that are not finite
-    """
-    if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], Mapping):
-        return  # what `reset` of Gymnasium returns; SB3 explains it
-    if isinstance(space, spaces.Dict):
-        keys = set(observation) if isinstance(observation, Mapping) else {type(observation).__name__}
-        if keys != set(space.spaces):
-            raise ValueError(f"The observation must be a dictionary of {sorted(space.spaces)}, got {sorted(keys)}.")
-    check_finite("observation", observation, "No action follows from it.")
-
-
-def check_step(reward: np.ndarray, observation: Any, infos: list[dict[str, Any]], is_normalized: bool) -> None:
-    """Check what a step of the environments returned, for what would destroy the weights.
-
-    :param reward: (n_envs,)
-    :param observation: What follows, an array (n_envs, ...) or a dictionary of arrays
-    :param infos: One for each environment, with the last observation of an episode
-    :param is_normalized: Whether it came through ``VecNormalize``
-    :raises ValueError: for numbers that are not finite
-    """
-    note = f"{NOT_LEARNED} {STATISTICS_LOST}" if is_normalized else NOT_LEARNED
-    check_finite("reward", reward, note)
-    check_finite("observation", observation, note)
-    for info in infos:
-        check_finite("observation", info.get("terminal_observation", 0.0), note)
-
-
-def check_finite(name: str, values: Any, note: str) -> None:
-    """Check that numbers are finite.
-
-    :param name: What they are
-    :param values: An array or a dictionary of arrays; anything but floating-point numbers passes
-    :param note: What to add to the error
-    :raises ValueError: where they are not
-    """
-    if isinstance(values, Mapping):
-        for key, value in values.items():
-            check_finite(f"{name} {key!r}", value, note)
-        return
-    values = np.asarray(values)
-    # Networks compute in single precision, and what it cannot hold is infinite to them.
-    if np.issubdtype(values.dtype, np.floating) and not (np.abs(values) <= np.finfo(np.float32).max).all():
-        raise ValueError(f"The {name} is not finite: {values}. {note}")
+    return f"The policy of {type(model).__name__} must be {names} or a subclass of {FlowPolicy.__name__}"
 
 
 def parse_auto_temperature(temperature: float | str) -> float | None:

@@ -20,17 +20,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from sb3_rfm.actors import FlowActor
-from sb3_rfm.arguments import (
-    NOT_LEARNED,
-    RELABELLED,
-    WEIGHTS_LOST,
-    check_algorithm,
-    check_finite,
-    check_flow,
-    check_policy_name,
-    check_step,
-    parse_auto_temperature,
-)
+from sb3_rfm.arguments import check_algorithm, check_flow, check_policy_name, parse_auto_temperature
 from sb3_rfm.control_variates import Coefficient
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictBuffer, scalar_keys
@@ -43,6 +33,7 @@ from sb3_rfm.execution import (
     resolve_mode,
     resolve_precision,
 )
+from sb3_rfm.finite import NOT_LEARNED, RELABELLED, WEIGHTS_LOST, check_finite, check_step
 from sb3_rfm.learner import Learner
 from sb3_rfm.paths import Path
 from sb3_rfm.persistence import PersistentAlgorithm
@@ -218,7 +209,7 @@ class FlowActorCritic(PersistentAlgorithm):
             self._setup_model()
 
     def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
-        check_policy_name(self, policy_name, FlowPolicy)
+        check_policy_name(self, policy_name)
         return super()._get_policy_from_name(policy_name)
 
     def _setup_model(self) -> None:
@@ -311,8 +302,8 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _check_arguments(self) -> None:
         """Refuse arguments out of range before anything is built."""
-        check_algorithm(self, FlowPolicy)
-        check_flow(self, FlowPolicy)
+        check_algorithm(self)
+        check_flow(self)
 
     # Learning
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sb3_rfm.actors import BoundedPolicy, FlowActor, squash
-from sb3_rfm.arguments import check_networks
 from sb3_rfm.checks import check_integer
 from sb3_rfm.critics import QCritic
 from sb3_rfm.dict_observations import DictExtractor
@@ -298,3 +297,30 @@ class MultiInputPolicy(FlowPolicy):
         super().__init__(
             observation_space, action_space, lr_schedule, features_extractor_class=features_extractor_class, **kwargs
         )
+
+
+def check_networks(
+    net_arch: list[int] | dict[str, list[int]],
+    activation_fn: object,
+    optimizer_class: object,
+    n_critics: int,
+    layer_norm: object,
+) -> None:
+    """Check what networks are made of.
+
+    :raises ValueError: for anything of which none can be made
+    """
+    for widths in net_arch.values() if isinstance(net_arch, dict) else [net_arch]:
+        if not isinstance(widths, (list, tuple)):
+            raise ValueError(f"net_arch must be a list of widths, or dict(pi=[...], qf=[...]), got {net_arch!r}.")
+        for width in widths:
+            check_integer("Each width in net_arch", width, 1)
+    for name, value, example in (
+        ("activation_fn", activation_fn, "torch.nn.ReLU"),
+        ("optimizer_class", optimizer_class, "torch.optim.Adam"),
+    ):
+        if not callable(value):
+            raise ValueError(f"{name} must be a class, such as {example}, got {value!r}.")
+    check_integer("n_critics", n_critics, 1)
+    if not isinstance(layer_norm, bool):
+        raise ValueError(f"layer_norm must be True or False, got {layer_norm!r}.")
