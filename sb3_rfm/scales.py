@@ -62,11 +62,16 @@ def update_temperature(policy: FlowPolicy, spread: Tensor, share: float) -> None
     A Boltzmann policy over D independent action dimensions whose Q differs by S between random actions keeps the same
     entropy in each dimension, whatever S and D, when the temperature is proportional to S / sqrt(D).
 
+    Before the first reward, that spread is what the networks began with, and an agent that followed it would stay where it
+    is. Until then the temperature does not move, from a value far above any such spread: actions are nearly uniform.
+
     :param policy: Policy whose temperature is moved
     :param spread: Result of :func:`action_spread`
     :param share: Temperature aimed at, as a share of S / sqrt(D)
     """
     value = share * spread / policy.actor.action_dim**0.5
-    policy.n_batches += 1
+    counts = policy.n_rewarded_batches > 0
+    policy.n_batches += counts
     # The first batches average over all, later ones over about 200.
-    policy.temperature.lerp_(value.clamp(min=1e-12), (1 / policy.n_batches).clamp(min=5e-3))
+    rate = (1 / policy.n_batches.clamp(min=1)).clamp(min=5e-3)
+    policy.temperature.lerp_(value.clamp(min=1e-12), counts * rate)

@@ -178,6 +178,16 @@ def test_a_long_time_without_reward_changes_no_unit() -> None:
     assert model.critic.scale == 1.0
 
 
+def test_without_reward_actions_become_uniform() -> None:
+    """With nothing to go by, a policy must not follow what its critics began with: it would never find a reward."""
+    network = {"net_arch": [64, 64]}
+    arguments = TINY | {"policy_kwargs": network, "n_exploration_particles": 1, "integration_steps": 5, "learning_rate": 3e-3}
+    model = RFM("MlpPolicy", ConstantReward(reward=0.0), **arguments).learn(600)
+    with th.no_grad():
+        actions = model.policy._predict(th.zeros(4000, 1))
+    assert abs(actions.mean()) < 0.05 and actions.std() == pytest.approx(1 / 3**0.5, rel=0.15), "U(-1, 1)"
+
+
 def test_truncation_bootstraps_and_termination_does_not() -> None:
     arguments = TINY | {"learning_rate": 0.01, "tau": 0.1, "policy_kwargs": {"net_arch": [16], "n_critics": 1}}
 

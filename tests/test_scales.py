@@ -63,6 +63,9 @@ def test_temperature_follows_a_share_of_the_spread(action_dim: int) -> None:
         action_space = gym.spaces.Box(-1, 1, (action_dim,))
 
     policy = RFM("MlpPolicy", Box()).policy
+    update_temperature(policy, th.tensor(3.0), 0.2)
+    assert policy.temperature == 1.0, "before the first reward, the spread is that of untrained networks"
+    policy.n_rewarded_batches += 1
     share = 0.2 / math.sqrt(action_dim)
     spreads = [3.0, 5.0, 10.0]
     for spread in spreads:
