@@ -115,7 +115,7 @@ class BoundedPolicy(PersistentModel, BasePolicy):
         """Rescale actions from [-1, 1] to the action space."""
         low, high, dtype = self._bounds()
         share = 0.5 * (np.asarray(scaled_action, np.float64) + 1)
-        # The bounds are clipped to in their own precision: rounded to it, a number below one may be above it.
+        # Clipped after rounding to the precision of the bounds, as rounding may carry a number beyond one of them.
         return np.clip(((1 - share) * low + share * high).astype(dtype), low.astype(dtype), high.astype(dtype))
 
     def _bounds(self) -> tuple[np.ndarray, np.ndarray, Any]:
@@ -195,7 +195,7 @@ class FlowActor(BoundedPolicy):
         # A copy: compilers leave marks on tensors.
         self.probability_path, self._source = get_path(path), copy.deepcopy(get_source(source)).to(self.device)
         check_sampler(sampler, self._source)
-        # From where there is noise alone; the flow takes it for the time t_min.
+        # From t = 0 on, where x_t is noise alone; the flow, which is trained from t_min on, is asked for t_min there.
         even = sampler == "euler"
         times = time_grid(integration_steps) if even else noise_grid(self.probability_path, integration_steps)
         self.register_buffer("times", times.to(self.device), persistent=False)

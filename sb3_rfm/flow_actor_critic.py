@@ -217,7 +217,7 @@ class FlowActorCritic(PersistentAlgorithm):
             self.coefficient = self.default_coefficient
         self._check_arguments()
         is_default = self.replay_buffer_class in (None, self._default_buffer)
-        if is_default:  # that of a saved model, too, is chosen for the n_steps and gamma of now
+        if is_default:  # loaded models come here too: n_steps and gamma may have been replaced since it was chosen
             has_scalars = self.n_steps == 1 and scalar_keys(self.observation_space)
             self.replay_buffer_class = DictBuffer if has_scalars else None  # None: SB3 chooses
             of_then = ("n_steps", "gamma") if self._default_buffer is not None else ()

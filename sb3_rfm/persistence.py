@@ -29,8 +29,7 @@ FilePath = str | pathlib.Path | io.BufferedIOBase | IO[bytes]
 class PersistentAlgorithm(OffPolicyAlgorithm):
     """An off-policy algorithm whose files are read through an allow-list, and whose runs can be resumed exactly.
 
-    What SB3's own ``load`` does instead: it unpickles members of the file with ``cloudpickle``, which runs whatever code the
-    file contains.
+    SB3's own ``load`` unpickles members of the file with ``cloudpickle``, which runs whatever code the file contains.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

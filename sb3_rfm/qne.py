@@ -12,7 +12,7 @@ from sb3_rfm.rfm import RFM
 class QNE(RFM):
     """Q-weighted Noise Estimation: the posterior mean from Q alone.
 
-    No gradient of Q is computed, but with ``weighting="gradient"`` that of the weights.
+    No gradient of Q is computed, except for the weights of ``weighting="gradient"``.
 
     The parameters are those of :class:`~sb3_rfm.rfm.RFM` with ``coefficient`` fixed at 0.
     """
