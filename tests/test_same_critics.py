@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sb3_rfm import RFM
 from sb3_rfm.benchmark import same_critics
+from sb3_rfm.benchmark.suites import get_setting
 
 
 @pytest.mark.parametrize(("label", "tolerance"), [("rfm", 0.05), ("qne", 0.05), ("dqs", 0.15), ("sac", 0.05)])
@@ -37,6 +38,15 @@ def test_followers_learn_the_boltzmann_policy_of_the_leaders_critics(label: str,
         drawn = th.stack([follower.act(observations, deterministic=False) for _ in range(8)])
         assert drawn.std(0).mean().item() == pytest.approx(0.1, rel=0.15)
     assert all(th.equal(now, before) for now, before in zip(leader.policy.parameters(), acted, strict=True))
+
+
+@pytest.mark.parametrize("label", ["qsm:paper", "sac:paper", "rfm:paper"])
+def test_settings_of_the_benchmark_can_follow(label: str) -> None:
+    leader = RFM("MlpPolicy", "Pendulum-v1", **TINY).learn(20)
+    follower = same_critics.make_follower(leader, label, get_setting(label, {}))
+    assert leader.replay_buffer is not None
+    follower.train(leader.replay_buffer.sample(8))
+    assert follower.act(leader.replay_buffer.sample(8).observations, deterministic=True).shape == (8, 1)
 
 
 class Constant:

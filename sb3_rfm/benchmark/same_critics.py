@@ -23,7 +23,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from sb3_rfm.actors import boltzmann_log_prob, squash, unsquash
-from sb3_rfm.benchmark.suites import get_algorithm, get_setting, get_tasks, make_env, parse_overrides, short
+from sb3_rfm.benchmark.suites import get_algorithm, get_setting, get_tasks, make_env, parse_overrides, short, to_constructor
 from sb3_rfm.benchmark.tables import Row, save
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.gradients import step
@@ -42,6 +42,12 @@ class Follower(Protocol):
         """Actions in [-1, 1], (B, D), for observations."""
 
 
+def follower_arguments(leader: FlowActorCritic, setting: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a follower: the leader's learning rate unless the setting has one, and no buffer of its own."""
+    setting = {"learning_rate": leader.learning_rate} | setting | {"buffer_size": 1}
+    return to_constructor(setting, leader.action_space)
+
+
 class FlowFollower:
     """A flow, regressed as its own algorithm does it.
 
@@ -51,8 +57,8 @@ class FlowFollower:
     """
 
     def __init__(self, leader: FlowActorCritic, algorithm: type[FlowActorCritic], arguments: dict[str, Any]) -> None:
-        arguments = {"learning_rate": leader.learning_rate} | arguments
-        model = algorithm("MlpPolicy", leader.get_env(), buffer_size=1, device=leader.device, **arguments)  # type: ignore[arg-type]
+        arguments = follower_arguments(leader, arguments)
+        model = algorithm("MlpPolicy", leader.get_env(), device=leader.device, **arguments)  # type: ignore[arg-type]
         self.policy = model.policy
         for name in ("critic", "critic_target", "temperature"):
             setattr(self.policy, name, getattr(leader.policy, name))
@@ -77,8 +83,8 @@ class GaussianFollower:
     """
 
     def __init__(self, leader: FlowActorCritic, arguments: dict[str, Any]) -> None:
-        arguments = {"learning_rate": leader.learning_rate} | arguments
-        self.actor = SAC("MlpPolicy", leader.get_env(), buffer_size=1, device=leader.device, **arguments).actor  # type: ignore[arg-type]
+        arguments = follower_arguments(leader, arguments)
+        self.actor = SAC("MlpPolicy", leader.get_env(), device=leader.device, **arguments).actor  # type: ignore[arg-type]
         self.policy = leader.policy
         self.parameters = list(self.actor.parameters())
 
@@ -240,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--env", required=True, help="as --suite of the benchmark, for one environment")
     parser.add_argument("--leader", default="rfm", metavar="ALGO", help="a flow policy")
     parser.add_argument("--actors", nargs="+", required=True, metavar="ALGO", help="followers: algo, or algo:setting")
-    parser.add_argument("--set", nargs="*", default=[], metavar="ALGO.ARGUMENT=VALUE", dest="overrides")
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="ALGO.ARGUMENT=VALUE", dest="overrides")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--every", type=int, default=1_000, help="environment steps between two looks")
     parser.add_argument("--states", type=int, default=2_048, help="replayed states of a look")
@@ -259,7 +265,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     except ValueError as error:
         parser.error(str(error))
 
-    leader = leading("MlpPolicy", make_env(task.env_id), seed=args.seed, device="cpu", **settings[args.leader])
+    env = make_env(task.env_id)
+    arguments = to_constructor(settings[args.leader], env.action_space)
+    leader = leading("MlpPolicy", env, seed=args.seed, device="cpu", **arguments)
     if min(args.every, args.states) < 1 or args.steps // args.every * args.every <= leader.learning_starts + 1:
         parser.error(
             f"--every and --states are positive, and there is a look after the leader has begun to learn, at step "

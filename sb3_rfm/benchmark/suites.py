@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium import spaces
 from gymnasium.wrappers import FlattenObservation
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.noise import NormalActionNoise
 
 from sb3_rfm.paths import LinearVPPath, VEPath
 
@@ -147,6 +149,22 @@ def get_setting(label: str, overrides: dict[str, Any]) -> dict[str, Any]:
         known = sorted(SETTINGS)
         raise ValueError(f"Unknown setting {label!r}: known are {known}; a new one needs --set {label}.argument=value.")
     return SETTINGS.get(label, {}) | overrides
+
+
+def to_constructor(setting: dict[str, Any], action_space: spaces.Space) -> dict[str, Any]:
+    """Keyword arguments as the constructor takes them, of a setting, which is JSON.
+
+    :param setting: See :func:`get_setting`; a number as ``action_noise`` is the standard deviation of Gaussian noise
+    :param action_space: Action space of the environment
+    """
+    arguments = dict(setting)
+    noise, frequency = arguments.get("action_noise"), arguments.get("train_freq")
+    if isinstance(noise, (int, float)):
+        assert isinstance(action_space, spaces.Box)
+        arguments["action_noise"] = NormalActionNoise(np.zeros(action_space.shape), np.full(action_space.shape, noise))
+    if isinstance(frequency, list):
+        arguments["train_freq"] = tuple(frequency)
+    return arguments
 
 
 def get_tasks(name: str, steps: int | None = None) -> list[Task]:

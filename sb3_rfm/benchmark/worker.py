@@ -24,11 +24,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec
-from sb3_rfm.benchmark.suites import env_maker, get_algorithm, get_parameters, get_setting
+from sb3_rfm.benchmark.suites import env_maker, get_algorithm, get_parameters, get_setting, to_constructor
 from sb3_rfm.checkpoint import save_run
 from sb3_rfm.files import remove_unfinished
 from sb3_rfm.persistence import PersistentAlgorithm
@@ -179,14 +178,7 @@ def build_model(folder: RunFolder, spec: RunSpec, arguments: dict[str, Any]) -> 
     env = make_vec_env(env_maker(spec.env_id), seed=spec.seed, wrapper_class=Rewindable)
     if folder.checkpoint.exists():
         return algorithm.resume(folder.checkpoint, env=env, trusted=True)
-    arguments = dict(arguments)
-    if isinstance(arguments.get("action_noise"), (int, float)):
-        size = env.action_space.shape
-        assert size is not None
-        arguments["action_noise"] = NormalActionNoise(np.zeros(size), np.full(size, arguments["action_noise"]))
-    if isinstance(arguments.get("train_freq"), list):  # JSON has no tuples
-        arguments["train_freq"] = tuple(arguments["train_freq"])
-    return algorithm("MlpPolicy", env, seed=spec.seed, **arguments)
+    return algorithm("MlpPolicy", env, seed=spec.seed, **to_constructor(arguments, env.action_space))
 
 
 def settings(model: PersistentAlgorithm, label: str) -> dict[str, Any]:
