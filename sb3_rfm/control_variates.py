@@ -10,7 +10,8 @@ estimates the same expectation. This module chooses ``c``: by least asymptotic v
     c = - sum_k W_k^2 (f_k - m) . (s_k - g) / sum_k W_k^2 |s_k - g|^2,      m = sum W f,  g = sum W s,
 
 and by the rule behind ``coefficient="optimal"``, which keeps to it only as far as the candidates support it. With few
-candidates, the first can be far off; yet on trained critics it has less bias, and bias is what a regression keeps of an error.
+candidates the first can be far off; yet on trained critics it has the smaller bias, and that is what a regression keeps of an
+error.
 
 Sources: Li, Tang & Azizan, Reverse Flow Matching (arXiv 2601.08136), section 4; Oates, Girolami & Chopin, Control functionals
 (arXiv 1410.2392); Owen, Monte Carlo theory, methods and examples, chapter 9 (variance of self-normalised averages); Efron &

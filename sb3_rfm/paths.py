@@ -82,7 +82,9 @@ class Path(ABC):
     def convert(self, value: Tensor, x_t: Tensor, t: Tensor, source: Parametrisation, target: Parametrisation) -> Tensor:
         """Translate one parametrisation of a network's output into another.
 
-        The score stands for ``-x_0 / sigma``, which is the score of the path when p0 is the standard Gaussian.
+        The score stands for ``-x_0 / sigma``, which is the score of the path when p0 is the standard Gaussian, and not with
+        other sources. Where ``alpha`` or ``sigma`` is 0, at the ends of most paths, one end does not follow from the other,
+        and the result may not be finite.
 
         :param value: What is known at ``x_t``, in the parametrisation ``source``, (B, ..., D)
         :param x_t: (B, ..., D)

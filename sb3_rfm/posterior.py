@@ -52,8 +52,9 @@ class PosteriorMean(NamedTuple):
     score: Tensor
     """Score of the path at ``x_t``, (B, D)"""
     ess: Tensor
-    """Effective sample size, (B,): ``1 / sum_k W_k^2``, between 1 and K, for importance sampling. That of chains and particles
-    does not see what they have in common: where all descend from one candidate, it is far too large"""
+    """Effective sample size, (B,): ``1 / sum_k W_k^2``, between 1 and K, for importance sampling. For chains it can exceed K.
+    Neither that of chains nor that of particles notices that they descend from the same few candidates: then it is far too
+    large"""
     coefficient: Tensor
     """``Lambda`` in noise coordinates, (B, D): 0 is a plain posterior mean, the source's variance (1 for the Gaussian) a pure
     gradient estimate"""
@@ -80,9 +81,9 @@ class PosteriorMeanEstimator:
     :param source: ``"gaussian"``, a ``torch.distributions`` distribution or a :class:`~sb3_rfm.sources.Source`
     :param data_scale: How far the data reaches from the origin: its root mean square in a dimension, roughly. Candidates
         then come from the posterior that a Gaussian p1 around the origin of that scale would have, instead of the source;
-        that is what keeps them useful at small t. The weights account for it. Rather too large than too small: from well
-        below, candidates miss what is outside, and ``ess`` does not show it. A target far from the origin is better moved
-        there (``lambda x: log_prob(x + centre)``)
+        that is what keeps them useful at small t. The weights account for it. Too small a scale shrinks estimates towards the
+        origin, as candidates miss what is outside; too large a one leaves fewer that count. A target far from the origin is
+        better moved there: ``lambda x: log_prob(x + centre)`` at ``x_t - alpha centre``, and ``centre`` added to ``x1``
     :param guess_spread: Spread of the candidates around a guess (see :meth:`__call__`), relative to the others
     :param points: ``"independent"``, ``"antithetic"`` or ``"sobol"`` candidates; antithetic ones gain most with few of them,
         Sobol points from 16 on, and either needs the source's quantile function
@@ -140,7 +141,8 @@ class PosteriorMeanEstimator:
         """Estimate at ``x_t``.
 
         :param log_prob: Unnormalised log p1, (B, K, D) → (B, K), each candidate's value depending on that candidate alone;
-            differentiable unless the coefficient is 0
+            differentiable, unless the coefficient is 0 and the method ``"snis"``. Its dtype may be wider than that of ``x_t``.
+            A value that is not finite counts as a density of zero
         :param x_t: (B, D)
         :param t: (B,), strictly between 0 and 1
         :param generator: Source of the candidates' randomness
@@ -151,15 +153,22 @@ class PosteriorMeanEstimator:
             gradient
         """
         self._check_inputs(x_t, t, guess)
+        constant: Tensor | None = None
 
         def checked_log_prob(x_1: Tensor) -> Tensor:
+            nonlocal constant
             log_p: Any = log_prob(x_1)
             returned = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
             if returned != x_1.shape[:2]:
                 raise ValueError(f"log_prob must map (B, K, D) to (B, K): given {tuple(x_1.shape)} it returned {returned}.")
+            if not log_p.is_floating_point():
+                raise ValueError(f"log_prob must return floating-point numbers, got {log_p.dtype}.")
             if x_1.requires_grad and not log_p.requires_grad:
                 raise ValueError(NOT_DIFFERENTIABLE)
-            return log_p
+            if constant is None:  # what is left is small, and loses no digits in the precision of x_t
+                finite = log_p.detach().masked_fill(~torch.isfinite(log_p), -torch.inf).amax(1, keepdim=True)
+                constant = torch.where(torch.isfinite(finite), finite, 0.0)
+            return log_p - constant
 
         self.source = self.source.to(x_t.device)
         with torch.no_grad():

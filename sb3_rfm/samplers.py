@@ -18,45 +18,68 @@ import itertools
 from collections.abc import Callable
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sb3_rfm.checks import check_integer
 from sb3_rfm.paths import Path
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """A function of ``x`` (B, ..., D) and ``t`` (scalar tensor) with values (B, ..., D)."""
 
 
-def time_grid(n_steps: int, t_min: float = 0.0, t_max: float = 1.0, device: torch.device | str | None = None) -> Tensor:
+def time_grid(
+    n_steps: int,
+    t_min: float = 0.0,
+    t_max: float = 1.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """``n_steps + 1`` equally spaced times from ``t_min`` to ``t_max``.
 
+    At 0 and 1 themselves, velocities and scores of some paths are infinite, or not known from a prediction of the data or the
+    noise (:meth:`Path.convert`): for these, stay a little away from both ends. :func:`denoise` needs the whole way.
+
+    :param n_steps: Number of steps
+    :param t_min: First time
+    :param t_max: Last time
+    :param device: Device of the times
+    :param dtype: Their dtype, that of the state; PyTorch's default one if None
     :raises ValueError: unless ``n_steps >= 1`` and ``t_min < t_max``
     """
-    if n_steps < 1:
-        raise ValueError(f"Sampling needs at least one step, got n_steps={n_steps}.")
+    check_integer("n_steps", n_steps, 1)
     if not t_min < t_max:
         raise ValueError(f"Time runs from noise to data: expected t_min < t_max, got {t_min} and {t_max}.")
-    return torch.linspace(t_min, t_max, n_steps + 1, device=device)
+    return torch.linspace(t_min, t_max, n_steps + 1, device=device, dtype=dtype)
 
 
-def noise_grid(path: Path, n_steps: int) -> Tensor:
+def noise_grid(path: Path, n_steps: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """``n_steps + 1`` times from 0 to 1 that get denser towards the data, where narrow distributions take their shape: after
     i of n steps, the share ``sigma / (alpha + sigma)`` of the noise has ``(1 - i / n)^2`` of its whole way down before it.
 
     It is this library's, after Karras et al. (arXiv 2206.00364), eq. 5.
 
     :param path: The probability path, on which that share falls
-    :param n_steps: n
+    :param n_steps: n; single precision can tell the times of some hundred steps apart
+    :param device: Device of the times
+    :param dtype: Their dtype, that of the state; PyTorch's default one if None
     :return: Times, (n_steps + 1,)
     :raises ValueError: unless ``n_steps >= 1``
     """
-    remaining = (1 - time_grid(n_steps).double()) ** 2
-    fine = torch.linspace(0, 1, 10_001, dtype=torch.float64)
-    alpha, sigma = path.alpha(fine), path.sigma(fine)
-    share = sigma / (alpha + sigma)
-    remaining_at = (share - share[-1]) / (share[0] - share[-1])  # from 1 down to 0
-    return torch.from_numpy(np.interp(-remaining, -remaining_at, fine)).float()
+
+    def share(t: Tensor) -> Tensor:
+        return path.sigma(t) / (path.alpha(t) + path.sigma(t))
+
+    remaining = (1 - time_grid(n_steps, dtype=dtype).double()) ** 2
+    first, last = torch.zeros_like(remaining), torch.ones_like(remaining)
+    aim = share(last) + remaining * (share(first) - share(last))
+    low, high = first, last
+    for _ in range(60):  # bisection, to the last bit
+        middle = 0.5 * (low + high)
+        is_before = share(middle) > aim
+        low, high = torch.where(is_before, middle, low), torch.where(is_before, high, middle)
+    times = torch.where(remaining == 0, last, torch.where(remaining == 1, first, high))
+    return times.to(device=device, dtype=dtype or torch.get_default_dtype())
 
 
 def integrate_ode(velocity: Field, x: Tensor, times: Tensor, method: Literal["euler", "midpoint", "heun"] = "euler") -> Tensor:
@@ -75,9 +98,9 @@ def integrate_ode(velocity: Field, x: Tensor, times: Tensor, method: Literal["eu
         dt = t_next - t
         v = _of_shape("velocity", velocity(x, t), x)
         if method == "midpoint":
-            v = velocity(x + 0.5 * dt * v, t + 0.5 * dt)
+            v = _of_shape("velocity", velocity(x + 0.5 * dt * v, t + 0.5 * dt), x)
         elif method == "heun":
-            v = 0.5 * (v + velocity(x + dt * v, t_next))
+            v = 0.5 * (v + _of_shape("velocity", velocity(x + dt * v, t_next), x))
         x = x + dt * v
     return x
 
@@ -202,12 +225,13 @@ def langevin(
 
     :param score: ``grad log p(x)``, (B, ..., D) → (B, ..., D)
     :param x: Starting points, (B, ..., D)
-    :param step_size: In squared units of ``x``
+    :param step_size: In squared units of ``x``; a tensor is taken as it is
     :param n_steps: Number of steps
     :param generator: Source of the noise
     :return: Samples, (B, ..., D)
-    :raises ValueError: for a step size that is not positive, or a score of another shape than ``x``
+    :raises ValueError: for a step size that is not positive, a negative number of steps, or a score of another shape
     """
+    check_integer("n_steps", n_steps, 0)
     if not isinstance(step_size, Tensor) and not step_size > 0:
         raise ValueError(f"Langevin dynamics take steps of a positive size, got {step_size}.")
     noise_size = (2 * step_size) ** 0.5

@@ -978,6 +978,27 @@ def test_the_hot_path_compiles_into_one_graph() -> None:
 # The loss
 
 
+@pytest.mark.parametrize("method", ["snis", MCMC(n_steps=4), SMC()])
+def test_a_constant_in_double_precision_costs_no_digits(method: Any) -> None:
+    """A log-likelihood summed over many observations has a large one."""
+
+    def estimate(constant: float) -> Tensor:
+        def log_prob(x: Tensor) -> Tensor:
+            return -0.5 * ((x.double() - 1) / 0.5).square().sum(-1) + constant
+
+        generator = torch.Generator().manual_seed(0)
+        x_t = torch.randn(4, 2, generator=generator)
+        return PosteriorMeanEstimator(method=method)(log_prob, x_t, torch.full((4,), 0.5), generator).x1
+
+    torch.testing.assert_close(estimate(1e8), estimate(0.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("returned", [lambda x: (x > 0).all(-1), lambda x: x.sum(-1).int()])
+def test_a_log_prob_of_no_numbers_is_refused(returned: Any) -> None:
+    with pytest.raises(ValueError, match="floating-point"):
+        PosteriorMeanEstimator(coefficient=0)(returned, torch.zeros(2, 2), torch.full((2,), 0.5))
+
+
 def test_the_loss_is_the_squared_error_to_the_estimate() -> None:
     estimator = PosteriorMeanEstimator(n_candidates=8, data_scale=1.0)  # whose candidates depend on the guess
     model = torch.nn.Linear(2, 2).double()

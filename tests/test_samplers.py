@@ -140,6 +140,17 @@ def test_a_noise_grid_takes_the_noise_away_by_squares(name: str) -> None:
         torch.testing.assert_close(times, torch.tensor([0, 0.36, 0.64, 0.84, 0.96, 1]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", sorted(PATHS))
+def test_long_noise_grids_are_as_exact_as_short_ones(name: str) -> None:
+    path, times = get_path(name), noise_grid(get_path(name), 2000, dtype=torch.float64)
+    assert times.dtype == torch.float64 and bool((times.diff() > 0).all())
+    share = path.sigma(times) / (path.alpha(times) + path.sigma(times))
+    remaining = (share - share[-1]) / (share[0] - share[-1])
+    torch.testing.assert_close(
+        remaining[1:-1], (1 - torch.arange(1, 2000, dtype=torch.float64) / 2000) ** 2, rtol=1e-4, atol=0
+    )
+
+
 @pytest.mark.parametrize("std", [0.1, 0.3, 0.9])
 def test_five_steps_of_second_order_keep_the_spread(std: float) -> None:
     """Of a Gaussian, where the exact data prediction is known; even steps of first order lose a fifth and more."""
@@ -202,9 +213,25 @@ def test_langevin_dynamics_sample_their_score() -> None:
     assert float(x.std()) == pytest.approx(STD, abs=0.03)
 
 
+def test_grids_have_the_precision_of_the_state() -> None:
+    x = integrate_ode(
+        lambda x, t: x * t, torch.ones(1, 1, dtype=torch.float64), time_grid(10_000, dtype=torch.float64), "heun"
+    )
+    assert x.dtype == torch.float64 and float(x) == pytest.approx(math.exp(0.5), rel=1e-8)
+
+
+def test_decreasing_times_lead_back() -> None:
+    there = integrate_ode(lambda x, t: x * t, torch.ones(1, 1), time_grid(100), "heun")
+    back = integrate_ode(lambda x, t: x * t, there, time_grid(100).flip(0), "heun")
+    assert float(back) == pytest.approx(1.0, abs=1e-4)
+
+
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="n_steps=0"):
-        time_grid(0)
+    for n_steps in (0, 2.5):
+        with pytest.raises(ValueError, match=f"n_steps.*got {n_steps}"):
+            time_grid(n_steps)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"n_steps.*got -3"):
+        langevin(lambda x: x, torch.zeros(1, 1), 0.1, -3)
     with pytest.raises(ValueError, match="t_min < t_max"):
         time_grid(5, 0.9, 0.1)
     with pytest.raises(ValueError, match="'rk4'"):
@@ -223,12 +250,14 @@ def test_bad_arguments_are_named() -> None:
     "sample",
     [
         lambda field, x: integrate_ode(field, x, time_grid(2)),
+        lambda field, x: integrate_ode(lambda x, t: field(x, t) if t == 0.25 else x, x, time_grid(2), "midpoint"),
+        lambda field, x: integrate_ode(lambda x, t: field(x, t) if t == 0.5 else x, x, time_grid(1, 0.0, 0.5), "heun"),
         lambda field, x: integrate_sde(field, lambda x, t: x, x, time_grid(2), lambda t: t),
         lambda field, x: integrate_sde(lambda x, t: x, field, x, time_grid(2), lambda t: t),
         lambda field, x: denoise(field, x, time_grid(2, 0.1, 0.9), CondOTPath()),
         lambda field, x: langevin(lambda x: field(x, torch.zeros(())), x, 0.1, 2),
     ],
-    ids=["ode", "velocity of the sde", "score of the sde", "denoise", "langevin"],
+    ids=["ode", "middle of a step", "end of a step", "velocity of the sde", "score of the sde", "denoise", "langevin"],
 )
 def test_a_field_that_would_broadcast_is_refused(sample: Any) -> None:
     """As that of a network whose last dimension was squeezed away."""
