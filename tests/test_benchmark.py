@@ -12,10 +12,12 @@ import sys
 import time
 import types
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
@@ -25,10 +27,21 @@ from sb3_rfm import RFM
 from sb3_rfm.benchmark import cases, cost, figures, records, report, speed, statistics
 from sb3_rfm.benchmark.__main__ import main, make_parser, planned
 from sb3_rfm.benchmark.cases import Sizes
+from sb3_rfm.benchmark.caveats import few_seeds
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec, find_runs, git_commit
 from sb3_rfm.benchmark.results import Results
 from sb3_rfm.benchmark.runner import LocalEngine, Sweep, plan
-from sb3_rfm.benchmark.suites import DMC8, SETTINGS, get_algorithm, get_setting, get_tasks, make_env, parse_overrides
+from sb3_rfm.benchmark.suites import (
+    DMC8,
+    SETTINGS,
+    SUITES,
+    Task,
+    get_algorithm,
+    get_setting,
+    get_tasks,
+    make_env,
+    parse_overrides,
+)
 from sb3_rfm.benchmark.worker import BUSY, STOPPED, Evaluator, Recorder, build_model, run
 from sb3_rfm.files import replacing, write_text
 
@@ -159,6 +172,13 @@ def test_plan_does_the_first_seed_of_everything_first() -> None:
     assert len({spec.name for spec in specs}) == 8
 
 
+def test_one_environment_has_one_budget() -> None:
+    twice = [*get_tasks("classic"), *get_tasks("Pendulum-v1")]
+    with pytest.raises(ValueError, match="Pendulum-v1 is asked for twice, with 10,000 and 100,000 steps"):
+        plan(twice, ["rfm"], range(1))
+    assert len(plan([*get_tasks("classic", 10), *get_tasks("Pendulum-v1", 10)], ["rfm"], range(1))) == 3
+
+
 def test_baselines_have_their_own_choice_among_particles_or_that_of_rfm() -> None:
     names = "n_exploration_particles", "n_target_particles", "n_particles"
 
@@ -229,6 +249,46 @@ def test_results_are_not_lost_by_asking_for_more_steps(tmp_path: Path) -> None:
     assert RunFolder.create(tmp_path, spec(steps=200)).spec.steps == 200 and not folder.finished
 
 
+def test_mistyped_arguments_are_replaced_before_a_run_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a run that failed before its first evaluation, and in one that was never started."""
+
+    class Here(LocalEngine):
+        def start(self, folder: RunFolder) -> Any:
+            try:
+                run(folder.path)
+            except TypeError:
+                return types.SimpleNamespace(poll=lambda: 1)
+            return types.SimpleNamespace(poll=lambda: 0)
+
+    monkeypatch.setattr("sb3_rfm.benchmark.runner.LocalEngine", Here)
+    command = ["run", "--suite", "Pendulum-v1", "--algos", "sac", "--seeds", "1", "--steps", "100", "--eval-every", "50"]
+    command += ["--eval-episodes", "2", "--out", str(tmp_path), "--set", "learning_starts=60"]
+    never = RunFolder.create(tmp_path, spec(algo="sac", seed=1, eval_every=10))
+    assert main([*command, "policy_kwargs={'bad': 1}"]) == 1
+    folder = RunFolder(tmp_path / spec(algo="sac").name)
+    assert folder.status["state"] == "failed" and not folder.read_evaluations()
+    command[command.index("--seeds") + 1] = "2"
+    assert main(command) == 0
+    for each in (folder, never):
+        assert each.finished and each.spec.arguments == {"learning_starts": 60} and each.spec.eval_every == 50
+        assert len(each.config["starts"]) == 1
+
+
+@pytest.mark.parametrize("what", ["evaluation", "checkpoint", "process"])
+def test_a_run_that_has_begun_is_not_replaced(tmp_path: Path, what: str) -> None:
+    folder = RunFolder.create(tmp_path, spec())
+    if what == "evaluation":
+        folder.write_evaluations([Evaluation(0, 1.0, 1.0, [0.0, 0.0])])
+    elif what == "checkpoint":
+        folder.checkpoint.touch()
+    with (
+        folder.lock if what == "process" else nullcontext(),
+        pytest.raises(ValueError, match=rf"{folder.path} holds a run .*\(--out\) .* or delete that folder\."),
+    ):
+        RunFolder.create(tmp_path, spec(arguments={"tau": 0.1}))
+    assert folder.spec == spec()
+
+
 def test_a_sweep_that_is_refused_leaves_all_runs_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [RunFolder.create(tmp_path, spec(algo="sac", seed=seed)) for seed in range(2)]
     for folder in folders:
@@ -278,7 +338,7 @@ def test_more_steps_may_be_asked_for_while_a_run_begins(tmp_path: Path, monkeypa
         return {"commit": None, "versions": {"sb3_rfm": "1.0"}}
 
     monkeypatch.setattr(records, "provenance", ask_for_more)
-    folder.describe(arguments={})
+    folder.record_start(arguments={})
     assert folder.spec.steps == 300 and len(folder.config["starts"]) == 1
 
 
@@ -355,7 +415,7 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for level, algo in enumerate(("rfm", "qne:paper", "sac")):
             for seed in range(3):
                 folder = RunFolder.create(root, spec(algo=algo, env_id=task, seed=seed))
-                folder.describe(arguments=SETTINGS.get(algo, {}))
+                folder.record_start(arguments=SETTINGS.get(algo, {}))
                 returns = [rng.normal(100 * level + step, 5, 2).tolist() for step in (0, 50, 100)]
                 if (task, algo, seed) == ("Pendulum-v1", "sac", 2):
                     returns.pop()
@@ -375,7 +435,9 @@ def test_results_are_the_same_from_folders_and_from_tables(made_up: Path, tmp_pa
             np.testing.assert_allclose(again.at(50).final(task, algo), results.at(50).final(task, algo), rtol=1e-4)
     assert len(results.at(None).final("Pendulum-v1", "sac")) == 2, "the unfinished run is left out"
     assert len(results.at(50).final("Pendulum-v1", "sac")) == 3, "but not at a step that it has reached"
-    with pytest.raises(ValueError, match=r"evaluation at step 70\. All that learn have reached --at-step 50"):
+    with pytest.raises(
+        ValueError, match=r"No run was evaluated at step 70\. .* all runs were evaluated is 50 \(--at-step 50\)"
+    ):
         results.at(70)
     assert set(results.at(50).runs["steps"]) == {50}, "runs are described as they were"
     early, late = results.at(50).runs, results.at(None).runs
@@ -393,6 +455,10 @@ def test_report_writes_tables_pictures_and_one_page(made_up: Path, tmp_path: Pat
     assert "A &lt;title&gt;" in page
     assert "1 run left out, unfinished: Pendulum-v1 sac seed 2 (50 steps)." in page and "As few as 2 seeds" in page
     assert page.count("<img") == 5 and page.count('src="data:image/svg+xml') == 5
+    assert "averaged over the 2 tasks of both" in page and "No bar" not in page
+    assert ("A score is linear in the return" in page) and "the best final mean of an algorithm" not in page
+    assert "<th>final return</th>" in page and re.search(r"<td>\d+<small>\[", page)
+    assert "<td>unknown<small>" not in page
     assert "http" not in page and "$" not in page, "self-contained, and every place filled"
     table = (tmp_path / "final_returns.md").read_text(encoding="utf-8")
     assert "| walker-run |" in table and "[" in table and "As few as 2 seeds" in table
@@ -404,14 +470,29 @@ def test_report_writes_tables_pictures_and_one_page(made_up: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("runs", "said"),
     [
-        ([("rfm", "Pendulum-v1")], ["One seed only: Pendulum-v1 rfm.", "There is one algorithm"]),
+        (
+            [("rfm", "Pendulum-v1")],
+            ["Every result rests on one seed, and has no interval.", "<h2>Comparison</h2><p>There is one algorithm"],
+        ),
         (
             [("rfm", "Pendulum-v1"), ("sac", "Reacher-v5")],
-            ["Not every algorithm was run on every task. No comparison over tasks can be made."],
+            ["on every task. Too few tasks are shared for interquartile means.", "No two algorithms have a task in common."],
         ),
         (
             [("rfm", "Pendulum-v1"), ("sac", "Pendulum-v1"), ("rfm", "Reacher-v5")],
-            ["What is over several tasks compares rfm, sac over Pendulum-v1.", "-1,600 and 0 in Pendulum-v1"],
+            [
+                "Too few tasks are shared for interquartile means.",
+                "<h2>Pairs of algorithms</h2>",
+                "No bar for sac: one seed in",
+            ],
+        ),
+        (
+            [("rfm", "Pendulum-v1"), ("rfm", "Reacher-v5")],
+            [
+                "<h2>Over several tasks</h2>",
+                "-1,600 and 0 in Pendulum-v1",
+                "In Reacher-v5, the two are the mean of the untrained",
+            ],
         ),
     ],
 )
@@ -419,11 +500,13 @@ def test_a_report_of_few_runs_says_so(tmp_path: Path, runs: list[tuple[str, str]
     for algo, env_id in runs:
         folder = RunFolder.create(tmp_path, spec(algo=algo, env_id=env_id))
         folder.write_evaluations([Evaluation(0, 1, 1, [1.0, 2.0]), Evaluation(100, 2, 2, [3.0, 4.0])])
-        folder.describe(arguments={})
+        folder.record_start(arguments={})
         folder.set_status(state="finished", step=100)
     report.write(tmp_path, tmp_path / "report")
     page = html.unescape((tmp_path / "report" / "report.html").read_text(encoding="utf-8"))
     assert [sentence for sentence in said if sentence not in page] == []
+    assert ("<h2>Over several tasks</h2>" in page) == ("Interquartile means are over" in page) == ("profile" in page)
+    assert "<ul></ul>" not in page and "<p></p>" not in page
 
 
 def test_a_report_of_partial_results(tmp_path: Path) -> None:
@@ -439,7 +522,7 @@ def test_a_report_of_partial_results(tmp_path: Path) -> None:
 
     def learn(algo: str, env_id: str, seed: int, returns: list[float], state: str) -> None:
         folder = RunFolder.create(tmp_path, spec(algo=algo, env_id=env_id, seed=seed))
-        folder.describe(arguments={})
+        folder.record_start(arguments={})
         evaluations = [Evaluation(50 * i, 1.0 + i, 1.0 + i, [value, value]) for i, value in enumerate(returns)]
         folder.write_evaluations(evaluations)
         folder.set_status(state=state, step=evaluations[-1].step)
@@ -461,18 +544,28 @@ def test_a_report_of_partial_results(tmp_path: Path) -> None:
     learn("sac", "dm_control/fish-swim-v0", 1, [0.0, 1.0], "failed")
     page, table = page_and_table()
     assert table[:6] == [
-        "| | rfm | qne | sac |",
-        "|---|---|---|---|",
+        "|  | rfm | qne | sac |",
+        "| --- | --- | --- | --- |",
         "| fish-swim | 100 |  | 200 |",
         "| walker-run | 450 (400, 500) | 430 | 420 |",
         "| interquartile mean of scores, 2 tasks | 0.250 |  | 0.310 |",
-        "| interquartile mean of scores, 1 task | 0.450 [0.400, 0.500] | 0.430 | 0.420 |",
+        "",
     ]
+    few = (
+        "Some results rest on one seed (fish-swim rfm, fish-swim sac, walker-run qne, walker-run sac) and have no interval, "
+        "nor have interquartile means over them; the others on as few as 2, which makes bootstrap intervals too narrow."
+    )
+    assert few in page and few in table[-1] and "As few as" not in page
+    better = (tmp_path / "report" / "improvement.md").read_text(encoding="utf-8")
+    assert "| rfm |  | 0.50 (1 task) | 0.25 (2 tasks) |" in better and "ties count half" in better
+    assert "No bar for qne, sac: one seed in some task allows no interval." in page
+    assert "No band for rfm, sac: one seed in some task allows no interval." in page
     assert "2 runs left out, unfinished: fish-swim qne seed 0 (0 steps), fish-swim sac seed 1 (failed, 50 steps)." in page
-    assert "What is over several tasks compares rfm, sac over all tasks; rfm, qne, sac over walker-run." in page
+    assert "A failed run counts in no number, so that its algorithm may look better than it is." in page
+    assert "What is over several tasks compares rfm, sac over all tasks. --algos" in page
     for sentence in ("rfm ends below qne in none of 1 task.", "rfm ends below sac in 1 of 2 tasks: fish-swim."):
         assert sentence in page and sentence in table[-1]
-    assert page.count("<img") == 2 + 2 * 3
+    assert page.count("<img") == 2 + 3
 
 
 def add_run(
@@ -481,7 +574,7 @@ def add_run(
     """A finished run with a return at each of these steps."""
     folder = RunFolder.create(root, spec(algo=algo, env_id=env_id, seed=seed, steps=max(returns)))
     folder.write_evaluations([Evaluation(step, step, step, [value]) for step, value in returns.items()])
-    folder.describe(**({"arguments": {}} | config))
+    folder.record_start(**({"arguments": {}} | config))
     folder.set_status(state="finished", step=max(returns))
 
 
@@ -609,12 +702,13 @@ def test_scores_are_given_where_somebody_beats_the_untrained_policy(tmp_path: Pa
     for algo, final in (("rfm", 5.0), ("sac", 4.0)):
         add_run(tmp_path, algo, {0: 10.0, 100: final}, env_id="Some-v0")
         add_run(tmp_path, algo, {0: 0.0, 100: 100 * final})
+        add_run(tmp_path, algo, {0: 0.0, 100: 100 * final}, env_id="dm_control/walker-walk-v0")
     results = Results.load(tmp_path).at(None)
-    assert results.comparisons() == [(["rfm", "sac"], ["dm_control/walker-run-v0"])]
+    assert results.comparisons() == [(["rfm", "sac"], ["dm_control/walker-run-v0", "dm_control/walker-walk-v0"])]
     text = write_report(tmp_path)
     assert "No algorithm ends above the untrained policies in Some, which" in text
-    assert "rfm ends below sac in none of 2 tasks." in text
-    assert "| interquartile mean of scores, 1 task | 0.500 | 0.400 |" in text
+    assert "rfm ends below sac in none of 3 tasks." in text
+    assert "| interquartile mean of scores, 2 tasks | 0.500 | 0.400 |" in text
     assert statistics.probability_of_improvement(*(results.scores(algo, ["Some-v0"]) for algo in ("rfm", "sac"))).value == 1.0
 
 
@@ -623,6 +717,93 @@ def test_a_report_does_not_take_the_place_of_its_results(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="A report has a folder of its own"):
         report.write(tmp_path, tmp_path / "." / "report" / "..")
     assert not (tmp_path / "runs.csv").exists()
+
+
+def test_a_report_hides_no_runs(tmp_path: Path) -> None:
+    for machine, algo in (("here", "rfm"), ("there", "sac")):
+        add_run(tmp_path / machine, algo, {0: 0.0, 100: 1.0})
+    with pytest.raises(
+        ValueError, match=r"would hide the runs there, such as .*here/.*seed-0\. By default, it is .*here/report"
+    ):
+        report.write(tmp_path / "here", tmp_path)
+    assert not (tmp_path / "runs.csv").exists()
+    Results.load(tmp_path / "here").save(tmp_path)
+    with pytest.raises(ValueError, match=r"has a runs\.csv, as reports have, and folders of runs, such as .*here/.*seed-0"):
+        Results.load(tmp_path)
+
+
+def test_one_algorithm_has_interquartile_means_and_nothing_to_lose(tmp_path: Path) -> None:
+    for env_id in ("dm_control/walker-run-v0", "dm_control/walker-walk-v0"):
+        for seed in range(2):
+            add_run(tmp_path, "rfm", {0: 0.0, 100: 400.0 + 100 * seed}, seed, env_id=env_id)
+    text = write_report(tmp_path)
+    assert "| interquartile mean of scores, 2 tasks | 0.450 [0.400, 0.500] |" in text
+    assert "rest on few runs" in text and "<h2>Over several tasks</h2>" in text
+    assert text.count("<img") == 4 and "ends below" not in text and "<ul></ul>" not in text and "Pairs" not in text
+
+
+def test_results_of_one_seed_are_named_beside_those_of_few(tmp_path: Path) -> None:
+    for env_id in ("dm_control/walker-run-v0", "dm_control/walker-walk-v0"):
+        for algo in ("rfm", "sac"):
+            for seed in range(3):
+                add_run(tmp_path, algo, {0: 0.0, 100: 400.0}, seed, env_id=env_id)
+    add_run(tmp_path, "qne", {0: 0.0, 100: 400.0})
+    results = Results.load(tmp_path)
+    (sentence,) = few_seeds(results)
+    assert sentence.startswith(
+        "Some results rest on one seed (walker-run qne) and have no interval; the others on as few as 3, "
+    )
+    assert few_seeds(results.of(["rfm", "sac"]))[0].startswith("As few as 3 seeds: the bootstrap intervals are too narrow, ")
+    assert few_seeds(results.of(["qne"])) == ["Every result rests on one seed, and has no interval."]
+
+
+def test_a_cell_is_split_only_where_it_is_an_estimate(tmp_path: Path) -> None:
+    table = pd.DataFrame({"a": ["1.0 [0.5, 1.5]"]}, index=["b"])
+    assert "<td>1.0<small>[0.5, 1.5]</small></td>" in report.html_table(table, estimates=True)
+    assert "<td>1.0 [0.5, 1.5]</td>" in report.html_table(table)
+
+
+def test_rows_of_improvement_name_their_tasks_where_these_differ(tmp_path: Path) -> None:
+    for env_id, algos in (("dm_control/walker-run-v0", ["rfm", "dqs", "sac"]), ("dm_control/fish-swim-v0", ["rfm", "sac"])):
+        for algo in algos:
+            add_run(tmp_path, algo, {0: 0.0, 100: 400.0}, env_id=env_id)
+
+    def rows(*algos: str) -> list[str]:
+        figure = figures.improvement(Results.load(tmp_path).of(algos), "rfm")
+        return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+    assert rows("rfm", "dqs", "sac") == ["sac (2 tasks)", "dqs (1 task)"]
+    assert rows("rfm", "sac") == ["sac"]
+
+
+def test_sample_efficiency_is_drawn_at_the_evaluations(tmp_path: Path) -> None:
+    for seed in range(3):
+        add_run(tmp_path, "rfm", {0: 0.0, 10: 900.0, 100: 100.0 + seed}, seed)
+        add_run(tmp_path, "rfm", {0: 0.0, 20: 900.0, 200: 100.0 + seed}, seed, env_id="dm_control/fish-swim-v0")
+    results = Results.load(tmp_path)
+    line = figures.sample_efficiency(results, ["rfm"], results.tasks).axes[0].lines[0]
+    assert list(line.get_xdata()) == [0.0, 10.0, 100.0]
+    assert list(line.get_ydata()) == pytest.approx([0.0, 0.9, 0.101])
+    assert report.between(results, ["rfm"], results.tasks) == ""
+    add_run(tmp_path, "rfm", {0: 0.0, 50: 500.0, 100: 100.0}, env_id="dm_control/cheetah-run-v0")
+    results = Results.load(tmp_path)
+    line = figures.sample_efficiency(results, ["rfm"], results.tasks).axes[0].lines[0]
+    assert list(line.get_xdata()) == [0.0, 10.0, 50.0, 100.0]
+    assert line.get_ydata()[1] == pytest.approx(statistics.interquartile_mean([np.full(3, 0.9)] * 2 + [np.array([0.1])]).value)
+    assert "scores are interpolated" in report.between(results, ["rfm"], results.tasks)
+
+
+def test_a_profile_falls_at_the_scores_of_the_runs(tmp_path: Path) -> None:
+    for seed, final in enumerate((123.0, 456.0)):
+        add_run(tmp_path, "rfm", {0: 0.0, 100: final}, seed)
+    results = Results.load(tmp_path)
+    axes = figures.profiles(results, ["rfm"], results.tasks).axes[0]
+    (line,) = axes.lines
+    assert line.get_drawstyle() == "steps-post"
+    assert list(line.get_xdata()) == pytest.approx([0.0, 0.123, 0.456, 1.0])
+    assert list(line.get_ydata()) == [1.0, 0.5, 0.0, 0.0]
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert [0.123, 1.0] in corners.round(6).tolist(), "the band is made of steps too"
 
 
 def test_scores_of_unknown_tasks_are_between_untrained_and_best(tmp_path: Path) -> None:
@@ -641,8 +822,9 @@ def test_small_returns_are_told_apart(tmp_path: Path) -> None:
             add_run(tmp_path, algo, {0: 3e-5, 100: final + 0.01 * seed}, seed, env_id="Some-v0")
     page = write_report(tmp_path)
     assert "| Some | 0.43 [0.41, 0.45], n = 3 | 0.19 [0.17, 0.21], n = 3 |" in page
-    assert "Its ends are the returns 0.00 and 0.43 in Some." in page
     results = Results.load(tmp_path)
+    assert "these are the returns 0.00 and 0.43 in Some." in report.score_ranges(results)
+    assert "In Some, the two are the mean of the untrained policies" in report.score_ranges(results)
     assert results.score_range("Some-v0")[0] == pytest.approx(3e-5)
     assert results.evaluations["returns"].astype(float).tolist() == pytest.approx(results.evaluations["mean"].tolist())
 
@@ -724,7 +906,7 @@ def test_a_sweep_that_was_stopped_goes_on(tmp_path: Path) -> None:
     wait_until(some_in_the_middle)
     sweep.terminate()
     assert sweep.wait() == 130
-    assert any(s["state"] == "running" for s in statuses())
+    assert any(s["state"] == "stopped" for s in statuses()) and not any(s["state"] == "running" for s in statuses())
     finished = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("status.json") if '"finished"' in file.read_text()}
     output = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
     assert f"5 runs, {len(finished)} of them finished before" in output
@@ -768,6 +950,17 @@ def test_runs_that_were_asked_for_with_more_steps_say_so(tmp_path: Path, capsys:
     for steps, told in ((50, True), (100, False)):
         assert main(["run", "--suite", "Pendulum-v1", "--algos", "rfm", "--steps", str(steps), *arguments]) == 0
         assert ("1 of these runs were asked for with 100 steps before" in capsys.readouterr().out) == told
+
+
+def test_runs_with_more_steps_than_those_of_their_suite_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SUITES, "classic", (Task("Pendulum-v1", 50),))
+    folder = RunFolder.create(tmp_path, spec())
+    folder.set_status(state="finished", step=100, wall_clock=1.0)
+    arguments = ["--eval-every", "50", "--eval-episodes", "2", "--seeds", "1", "--out", str(tmp_path)]
+    assert main(["run", "--suite", "classic", "--algos", "rfm", *arguments]) == 0
+    assert "1 of these runs were asked for with 100 steps before" in capsys.readouterr().out
 
 
 def test_a_sweep_survives_kills(tmp_path: Path) -> None:
@@ -860,6 +1053,54 @@ def test_a_killed_run_is_no_riddle(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert folder.status["state"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("script", "lines"),
+    [
+        ((-9, 0), ["killed by SIGKILL after 50 steps, started again", "return 1.0 after 100 steps, 0:00:10"]),
+        ((STOPPED, 1), ["stopped after 50 steps, started again", "ended with exit status 1 after 50 steps"]),
+        ((-9,) * 4, ["killed by SIGKILL after 50 steps, started again"] * 3 + ["killed by SIGKILL after 50 steps"]),
+    ],
+)
+def test_a_run_that_is_started_again_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: tuple[int, ...], lines: list[str]
+) -> None:
+    monkeypatch.setattr("sb3_rfm.benchmark.runner.POLL_SECONDS", 0.0)
+    folder = RunFolder.create(tmp_path, spec())
+    folder.set_status(state="running", step=50)
+    console = Console(width=80)
+    with console.capture() as capture:
+        Sweep([folder], ScriptedEngine(*script), console).run()
+    name = "Pendulum-v1  rfm  seed 0: "
+    assert [line.removeprefix(name) for line in capture.get().splitlines() if line.startswith(name)] == lines
+
+
+def test_the_last_runs_that_ended_are_shown_in_that_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sb3_rfm.benchmark.runner.POLL_SECONDS", 0.0)
+    folders = [RunFolder.create(tmp_path, spec(seed=seed)) for seed in range(12)]
+    folders[5].set_status(state="finished", step=100, wall_clock=10.0, last_return=1.0)
+
+    class Backwards(ScriptedEngine):
+        jobs = 12
+
+        def start(self, folder: RunFolder) -> Any:
+            self.started.append(folder.spec.name)
+            return types.SimpleNamespace(poll=lambda: self.end(folder))
+
+        def end(self, folder: RunFolder) -> int | None:
+            """The run that was started last ends first; one of them fails."""
+            if self.started[-1] != folder.spec.name:
+                return None
+            self.started.pop()
+            folder.set_status(
+                state="finished" if folder.spec.seed != 3 else "failed", step=100, wall_clock=1.0, last_return=1.0
+            )
+            return int(folder.spec.seed == 3)
+
+    sweep = Sweep(folders, Backwards(), Console(width=120, quiet=True))
+    sweep.run()
+    assert list(sweep.table().columns[2].cells) == ["8", "7", "6", "4", "3", "2", "1", "0"]
+
+
 def test_remaining_time_and_table(tmp_path: Path) -> None:
     folders = [RunFolder.create(tmp_path, spec(seed=seed)) for seed in range(3)]
     folders[0].set_status(state="finished", step=100, wall_clock=50.0, last_return=1.0)
@@ -882,6 +1123,28 @@ def test_remaining_time_of_a_run_that_went_back_to_its_checkpoint(tmp_path: Path
     assert rates == {folder.path: 10.0} and sweep.remaining(rates) == pytest.approx(90.0)
 
 
+def test_remaining_time_is_not_that_of_random_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1000 steps per second before learning starts, 10 afterwards, and at the end an evaluation of 200 seconds."""
+    folder = RunFolder.create(tmp_path, spec(steps=100_000))
+    sweep = Sweep([folder], ScriptedEngine(), Console(width=120))
+    sweep.running[folder.path] = sweep.engine  # type: ignore[assignment]
+    now = 0.0
+    monkeypatch.setattr("sb3_rfm.benchmark.runner.time.monotonic", lambda: now)
+
+    def rate_after(seconds: int, steps_per_second: int) -> float:
+        nonlocal now
+        for _ in range(seconds // 5):
+            now += 5
+            folder.set_status(state="running", step=folder.status["step"] + 5 * steps_per_second)
+            rates = sweep.rates()
+        return rates.get(folder.path, 0.0)
+
+    assert rate_after(10, 1000) == pytest.approx(1000)
+    assert rate_after(60, 10) > 50
+    assert rate_after(60, 10) == pytest.approx(10)
+    assert 0 < rate_after(200, 0) < 10
+
+
 def test_runs_of_another_process_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sb3_rfm.benchmark.runner.POLL_SECONDS", 0.0)
     monkeypatch.setattr("sb3_rfm.benchmark.runner.BUSY_RETRY_SECONDS", 0.0)
@@ -902,7 +1165,8 @@ def test_runs_of_another_process_are_shown(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("n_seeds", "low", "high"), [(2, 0.70, 0.85), (5, 0.86, 0.95)])
 def test_with_few_seeds_intervals_over_tasks_are_too_narrow(n_seeds: int, low: float, high: float) -> None:
-    """What reports say: of intervals that promise 95 %, 70 to 80 % hold the truth with two, and about 90 % with five."""
+    """What reports say: of intervals that promise 95 %, 70 to 80 % hold the truth with two, and about 90 % with five, where
+    returns are normal and spread the same everywhere."""
     rng = np.random.default_rng(0)
     means = np.linspace(0.1, 0.9, 8)[:, None]
     truth = statistics.interquartile_mean(list(rng.normal(means, 0.1, (8, 2000)))).value
@@ -939,7 +1203,10 @@ def test_a_cluster_does_a_run_again_whose_worker_was_killed(tmp_path: Path) -> N
         (["run", "--algos", "ppo"], "Unknown algorithm 'ppo': expected one of"),
         (["run", "--set", "nonsense"], "--set expects argument=value"),
         (["report", "/nonexistent"], "There are no evaluated runs in /nonexistent."),
-        (["run", "--jobs", "0"], "argument --jobs: expected a whole number from 1 on, got 0"),
+        (["run", "--jobs", "0"], "argument --jobs: must be a positive integer, got '0'"),
+        (["run", "--seeds", "1e5"], "argument --seeds: must be a positive integer, got '1e5'"),
+        (["run", "--first-seed", "-1"], "argument --first-seed: must be an integer from 0 on, got '-1'"),
+        (["run", "--suite", "classic", "Pendulum-v1"], "Pendulum-v1 is asked for twice, with 10,000 and 100,000 steps"),
         (["run", "--gpus", "0.5"], "--gpus is for --engine ray"),
         (["speed", "--device", "cuda:0", "--quick"], "--device cuda:0: PyTorch sees no GPU here."),
     ],
@@ -972,6 +1239,22 @@ def test_a_cluster_without_ray_is_explained(
     with pytest.raises(SystemExit):
         main(["run", "--suite", "Pendulum-v1", "--engine", "ray", "--out", str(tmp_path / "results")])
     assert "pip install '.[cluster]'" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("env_id", "explanation"),
+    [
+        ("CartPole-v1", "CartPole-v1 has the actions Discrete(2): expected vectors"),
+        ("no_such_module:Some-v0", "no_such_module:Some-v0 cannot be made: No module named 'no_such_module'"),
+    ],
+)
+def test_an_environment_that_cannot_be_learned_in_is_refused_at_once(
+    tmp_path: Path, env_id: str, explanation: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--suite", "Pendulum-v1", env_id, "--out", str(tmp_path / "results")])
+    assert explanation in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
@@ -1010,7 +1293,7 @@ def test_documented_runs_can_be_repeated(command: list[str], monkeypatch: pytest
     assert specs
     folders = [RunFolder(args.out / each.name) for each in specs]
     for folder, each in zip(folders, specs, strict=True):
-        folder.check(each)
+        folder.merged_with(each)
     if args.out.is_relative_to("docs"):
         assert any(folder.path.exists() for folder in folders)
 

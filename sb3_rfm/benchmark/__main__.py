@@ -7,16 +7,32 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from gymnasium import spaces
+
 from sb3_rfm.benchmark.records import RunFolder, RunSpec
-from sb3_rfm.benchmark.suites import SETTINGS, SUITES, get_setting, get_tasks, parse_overrides
+from sb3_rfm.benchmark.suites import SETTINGS, SUITES, get_setting, get_tasks, make_env, parse_overrides
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+    """An integer from 1 on."""
+    if (number := integer(text)) is None or number < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return number
+
+
+def not_negative(text: str) -> int:
+    """An integer from 0 on."""
+    if (number := integer(text)) is None or number < 0:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 on, got {text!r}")
+    return number
+
+
+def integer(text: str) -> int | None:
+    """The integer that a text is, if it is one."""
+    try:
+        return int(text)
+    except ValueError:
+        return None
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +47,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         help=f"rfm, qne, dqs, qsm, sac, td3, tqc, or one with a setting: {', '.join(SETTINGS)}",
     )
     parser.add_argument("--seeds", type=positive, default=5, help="number of seeds")
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--first-seed", type=not_negative, default=0)
     parser.add_argument("--steps", type=positive, help="environment steps of a run; those of the suite by default")
     parser.add_argument("--eval-every", type=positive, default=10_000, help="environment steps between evaluations")
     parser.add_argument("--eval-episodes", type=positive, default=25, help="episodes of an evaluation")
@@ -98,11 +114,30 @@ def planned(args: argparse.Namespace) -> list[RunSpec]:
     )
 
 
+def check_actions(env_id: str) -> None:
+    """Make an environment once, to see whether it can be learned in.
+
+    :param env_id: Environment
+    :raises ValueError: if it cannot be made, or if its actions are no vectors
+    """
+    if env_id.startswith("dm_control/"):  # takes seconds to import, and has vectors
+        return
+    try:
+        env = make_env(env_id)
+    except Exception as error:
+        raise ValueError(f"{env_id} cannot be made: {error}") from error
+    env.close()
+    if not isinstance(env.action_space, spaces.Box):
+        raise ValueError(f"{env_id} has the actions {env.action_space}: expected vectors, a space of the type Box.")
+
+
 def run(args: argparse.Namespace) -> int:
     """Do the runs that are not finished yet."""
     from sb3_rfm.benchmark.runner import Engine, LocalEngine, Sweep
 
-    specs = planned(args)
+    specs = {spec.name: spec for spec in planned(args)}.values()  # each run once
+    for env_id in dict.fromkeys(spec.env_id for spec in specs):
+        check_actions(env_id)
     options = ["--checkpoint-every", str(args.checkpoint_every), *(["--keep-checkpoint"] if args.keep_checkpoints else [])]
     engine: Engine
     if args.engine == "ray":
@@ -116,12 +151,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         engine = LocalEngine(args.jobs or 1, args.threads, options)
     for spec in specs:  # a refusal leaves all of them as they are
-        RunFolder(args.out / spec.name).check(spec)
-    folders = {folder.path: folder for folder in (RunFolder.create(args.out, spec) for spec in specs)}  # each run once
-    if args.steps and (longer := [f.spec for f in folders.values() if f.spec.steps > args.steps]):
-        ends = " / ".join(f"{steps:,}" for steps in sorted({spec.steps for spec in longer}))
-        print(f"{len(longer)} of these runs were asked for with {ends} steps before, and go on to that.")
-    return 1 if Sweep(list(folders.values()), engine).run() else 0
+        RunFolder(args.out / spec.name).merged_with(spec)
+    folders = [RunFolder.create(args.out, spec) for spec in specs]
+    ends = [folder.spec.steps for folder, spec in zip(folders, specs, strict=True) if folder.spec.steps > spec.steps]
+    if ends:
+        before = " / ".join(f"{steps:,}" for steps in sorted(set(ends)))
+        print(f"{len(ends)} of these runs were asked for with {before} steps before, and go on to that.")
+    return 1 if Sweep(folders, engine).run() else 0
 
 
 def report(args: argparse.Namespace) -> int:

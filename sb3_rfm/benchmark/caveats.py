@@ -2,13 +2,16 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
 
 from sb3_rfm.benchmark.figures import count
 from sb3_rfm.benchmark.results import RUN, UNKNOWN, Results
 from sb3_rfm.benchmark.suites import short
 
 ENOUGH_SEEDS = 5
-"""Bootstrap intervals of 95 % over eight tasks hold the truth in 70 to 80 % of cases with two seeds, in 90 % with five."""
+"""In a simulation with normal returns of equal spread, bootstrap intervals of 95 % over eight tasks hold the truth in 70 to
+80 % of cases with two seeds, in 90 % with five."""
 
 
 def caveats(everything: Results, results: Results, steps: int | None) -> list[str]:
@@ -26,51 +29,68 @@ def caveats(everything: Results, results: Results, steps: int | None) -> list[st
             for run in missing
         ]
         which = "unfinished" if steps is None else f"without an evaluation at step {steps:,}"
-        found.append(f"{count(len(missing), 'run')} left out, {which}: {listed(names)}.")
+        worth = " A failed run counts in no number, so that its algorithm may look better than it is."
+        found.append(
+            f"{count(len(missing), 'run')} left out, {which}: {join_names(names)}."
+            + (worth if any(run.state == "failed" for run in missing) else "")
+        )
     found += different_ends(everything, results) if steps is None else []
     diverged = results.runs[results.runs["final_return"].isna()]
     if len(diverged):
         names = [f"{short(run.env_id)} {run.algo} seed {run.seed}" for run in diverged.itertuples()]
         found.append(
-            f"{count(len(diverged), 'run')} diverged, with a return that is not finite: {listed(names)}. "
+            f"{count(len(diverged), 'run')} diverged, with a return that is not finite: {join_names(names)}. "
             "Means are over the other seeds. What is over several tasks counts them as the worst return of any run, "
             "or as a score of 0 where that is less."
         )
     found += mixtures(results)
     unscored = [short(task) for task in results.tasks if task not in results.scored_tasks]
-    if unscored and len(results.algos) > 1:
+    if unscored and len(results.tasks) > 1:
         found.append(
-            f"No algorithm ends above the untrained policies in {listed(unscored)}, which therefore counts in no "
+            f"No algorithm ends above the untrained policies in {join_names(unscored)}, which therefore counts in no "
             "interquartile mean and no profile."
         )
-    n_seeds = {(task, algo): len(results.final(task, algo)) for task in results.tasks for algo in results.algos}
-    single = [f"{short(task)} {algo}" for (task, algo), n in n_seeds.items() if n == 1]
-    if single:
-        found.append(f"One seed only: {listed(single)}.")
     found += few_seeds(results)
     if results.tasks_of(results.algos) != results.tasks:
         over = [
-            f"{', '.join(algos)} over {'all tasks' if tasks == results.tasks else listed([short(task) for task in tasks])}"
+            f"{', '.join(algos)} over {'all tasks' if tasks == results.tasks else join_names([short(task) for task in tasks])}"
             for algos, tasks in results.comparisons()
         ]
         found.append(
             "Not every algorithm was run on every task. "
-            + (f"What is over several tasks compares {'; '.join(over)}." if over else "No comparison over tasks can be made.")
+            + (
+                f"What is over several tasks compares {'; '.join(over)}."
+                if over
+                else "Too few tasks are shared for interquartile means."
+            )
             + " --algos compares others."
         )
     return found
 
 
 def few_seeds(results: Results) -> list[str]:
-    """A sentence on bootstrap intervals that rest on few seeds, if they do."""
-    seeds = (len(results.final(task, algo)) for task in results.tasks for algo in results.algos)
-    fewest = min((n for n in seeds if n > 1), default=ENOUGH_SEEDS)
-    if fewest >= ENOUGH_SEEDS:
-        return []
-    return [
-        f"As few as {fewest} seeds: the bootstrap intervals are too narrow, the interquartile means rest on few runs. "
-        "The returns in each task, with their spread, say best how much is known."
-    ]
+    """A sentence on results that rest on one seed, and on bootstrap intervals that rest on few, if there are any."""
+    finals = {f"{short(task)} {algo}": results.final(task, algo) for task in results.tasks for algo in results.algos}
+    seeds = {name: len(final) for name, final in finals.items() if len(final)}
+    single = [name for name, n in seeds.items() if n == 1]
+    if len(single) == len(seeds):
+        return ["Every result rests on one seed, and has no interval."]
+    over_tasks = results.comparisons()
+    bootstrapped = over_tasks or any(results.tasks_of(pair) for pair in combinations(results.algos, 2))
+    fewest = min(n for n in seeds.values() if n > 1)
+    narrow = bootstrapped and fewest < ENOUGH_SEEDS
+    sentences = []
+    if single:
+        averaged = {f"{short(task)} {algo}" for algos, tasks in over_tasks for task in tasks for algo in algos}
+        means = ", nor have interquartile means over them" if averaged.intersection(single) else ""
+        others = f"; the others on as few as {fewest}, which makes bootstrap intervals too narrow" if narrow else ""
+        sentences.append(f"Some results rest on one seed ({join_names(single)}) and have no interval{means}{others}.")
+    elif narrow:
+        means = ", the interquartile means rest on few runs" if over_tasks else ""
+        sentences.append(f"As few as {fewest} seeds: the bootstrap intervals are too narrow{means}.")
+    if narrow:
+        sentences.append("The returns in each task, with their spread, say best how much is known.")
+    return [" ".join(sentences)] if sentences else []
 
 
 def different_ends(everything: Results, results: Results) -> list[str]:
@@ -132,6 +152,6 @@ def settings_of(results: Results, algo: str) -> list[str]:
     return [line + (f" ({count(n, 'run')})" if len(settings) > 1 else "") for line, n in settings.items()]
 
 
-def listed(names: list[str], most: int = 8) -> str:
+def join_names(names: Sequence[str], most: int = 8) -> str:
     """Names in a sentence, the first few of them."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

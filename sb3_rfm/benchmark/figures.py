@@ -103,12 +103,16 @@ def learning_curves(results: Results) -> Figure:
     return figure
 
 
-def band(axes: Axes, x: np.ndarray, estimates: Sequence[Estimate], line_style: dict[str, str]) -> Line2D:
-    """A line with its interval."""
+def band(axes: Axes, x: np.ndarray, estimates: Sequence[Estimate], line_style: dict[str, str], steps: bool = False) -> Line2D:
+    """A line with its interval.
+
+    :param steps: Whether each value holds until the next x, instead of a straight line to it
+    """
     values, low, high = (np.array(column) for column in zip(*estimates, strict=True))
     every = max(len(x) // 10, 1)
     (line,) = axes.plot(x, values, linewidth=1.6, markersize=4, markevery=every, **line_style)  # type: ignore[arg-type]
-    axes.fill_between(x, low, high, color=line_style["color"], alpha=0.15, linewidth=0)
+    line.set_drawstyle("steps-post" if steps else "default")
+    axes.fill_between(x, low, high, step="post" if steps else None, color=line_style["color"], alpha=0.15, linewidth=0)
     return line
 
 
@@ -123,21 +127,34 @@ def aggregate(results: Results, algos: Sequence[str], tasks: Sequence[str]) -> F
 
 
 def improvement(results: Results, reference: str) -> Figure:
-    """Probability that a run of ``reference`` beats a run of each other algorithm."""
-    estimates = {}
-    for algo in results.algos:
-        tasks = results.tasks_of([reference, algo])
-        if algo != reference and tasks:
-            scores = results.scores(reference, tasks), results.scores(algo, tasks)
-            estimates[algo] = statistics.probability_of_improvement(*scores)
-    figure = intervals(estimates, f"probability that {reference} is better")
+    """Probability that a run of ``reference`` beats a run of each other algorithm, over the tasks of both, with their number
+    where it is not the same for all."""
+    shared = opponents(results, reference)
+    estimates = {
+        algo: statistics.probability_of_improvement(results.scores(reference, tasks), results.scores(algo, tasks))
+        for algo, tasks in shared.items()
+    }
+    differ = len({len(tasks) for tasks in shared.values()}) > 1
+    names = [f"{algo} ({count(len(tasks), 'task')})" if differ else algo for algo, tasks in shared.items()]
+    figure = intervals(estimates, f"probability that {reference} is better", names)
     figure.axes[0].axvline(0.5, color="0.5", linewidth=0.8, linestyle="--")
     figure.axes[0].set_xlim(-0.02, 1.02)
     return figure
 
 
-def intervals(estimates: dict[str, Estimate], label: str) -> Figure:
-    """One line for each algorithm: its number and the interval of it."""
+def opponents(results: Results, reference: str) -> dict[str, list[str]]:
+    """The algorithms that ``reference`` shares tasks with, and these tasks."""
+    shared = {algo: results.tasks_of([reference, algo]) for algo in results.algos if algo != reference}
+    return {algo: tasks for algo, tasks in shared.items() if tasks}
+
+
+def intervals(estimates: dict[str, Estimate], label: str, names: Sequence[str] | None = None) -> Figure:
+    """One line for each algorithm: its number and the interval of it.
+
+    :param estimates: The numbers, by algorithm
+    :param label: What they are
+    :param names: Names of the lines; by default those of the algorithms
+    """
     figure = Figure(figsize=(5, 0.36 * len(estimates) + 0.9), layout="constrained")
     axes = figure.subplots()
     axes.use_sticky_edges = False
@@ -145,43 +162,47 @@ def intervals(estimates: dict[str, Estimate], label: str) -> Figure:
         color = style(algo, [algo])["color"]
         axes.barh(i, high - low, left=low, height=0.55, color=color, alpha=0.4)
         axes.plot([value, value], [i - 0.28, i + 0.28], color=color, linewidth=2)
-    axes.set_yticks(range(len(estimates)), list(reversed(estimates)))
+    axes.set_yticks(range(len(estimates)), list(reversed(names or list(estimates))))
     axes.set_xlabel(label, fontsize=9)
     tidy(axes)
     return figure
 
 
 def sample_efficiency(results: Results, algos: Sequence[str], tasks: Sequence[str]) -> Figure:
-    """Interquartile mean of the scores against the share of the budget."""
-    shares = np.linspace(0, 1, 26)
+    """Interquartile mean of the scores against the share of the budget, wherever the algorithm was evaluated in some task."""
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.subplots()
     for algo in algos:
-        estimates = []
-        for share in shares:
-            scores = []
-            for task in tasks:
-                curve = results.curve(task, algo)
-                steps = curve.index.to_numpy()
-                returns = [np.interp(share * steps[-1], steps, curve[seed].to_numpy()) for seed in curve.columns]
-                scores.append(results.scaled(task, np.array(returns)))
-            estimates.append(statistics.interquartile_mean(scores))
+        own = {task: evaluated_shares(results, task, algo) for task in tasks}
+        shares = np.unique(np.concatenate(list(own.values())))
+        scores = []
+        for task in tasks:
+            curve = results.curve(task, algo)
+            returns = [np.interp(shares, own[task], curve[seed].to_numpy()) for seed in curve.columns]
+            scores.append(results.scaled(task, np.array(returns)))  # (seeds, shares)
+        estimates = [statistics.interquartile_mean([of_task[:, i] for of_task in scores]) for i in range(len(shares))]
         band(axes, 100 * shares, estimates, style(algo, algos))
     axes.set_xlim(0, 100)
     annotate(axes, algos, "percentage of the steps", "interquartile mean of scores")
     return figure
 
 
+def evaluated_shares(results: Results, task: str, algo: str) -> np.ndarray:
+    """The evaluations of an algorithm in a task, as shares of its steps."""
+    steps = results.curve(task, algo).index.to_numpy()
+    return steps / max(steps[-1], 1)
+
+
 def profiles(results: Results, algos: Sequence[str], tasks: Sequence[str]) -> Figure:
-    """Share of the runs that exceed a score, against the score."""
+    """Share of the runs that exceed a score, against the score: a step function, which falls at the scores of the runs."""
     scores = {algo: results.scores(algo, tasks) for algo in algos}
     highest = max(1.0, *(float(np.max(s)) for values in scores.values() for s in values))
     lowest = min(0.0, *(float(np.min(s)) for values in scores.values() for s in values))
-    thresholds = np.linspace(lowest, highest, 61)
     figure = Figure(figsize=(5, 3), layout="constrained")
     axes = figure.subplots()
     for algo in algos:
-        band(axes, thresholds, statistics.performance_profile(scores[algo], thresholds), style(algo, algos))
+        thresholds = np.unique(np.concatenate([[lowest, highest], *scores[algo]]))
+        band(axes, thresholds, statistics.performance_profile(scores[algo], thresholds), style(algo, algos), steps=True)
     axes.set_ylim(0, 1.02)
     annotate(axes, algos, "score τ", "share of runs with score > τ", "lower left")  # every profile begins above
     return figure

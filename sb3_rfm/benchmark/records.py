@@ -92,41 +92,44 @@ class RunFolder:
     def create(cls, root: Path, spec: RunSpec) -> "RunFolder":
         """Folder of the run within a results folder; made if it is not there.
 
-        Asked for with more steps than it has, a run goes on to the new end. It is never shortened.
+        Asked for with more steps than it has, a run goes on to the new end. It is never shortened. Asked for with other
+        arguments before it has an evaluation or a checkpoint, it is the new run: nothing is lost.
 
-        :raises ValueError: if the folder holds a run that was asked for with other arguments, or one that is finished and
-            cannot go on, because its checkpoint was not kept
+        :raises ValueError: if the folder holds a run that was asked for with other arguments and has begun, or one that is
+            finished and cannot go on, because its checkpoint was not kept
         """
         folder = cls(root / spec.name)
-        asked = folder.check(spec)
-        config = folder.config
-        if asked != config.get("run"):
+        config = folder.merged_with(spec)
+        if config["run"] != folder.config.get("run"):
             folder.path.mkdir(parents=True, exist_ok=True)
-            write_json(folder.path / "config.json", config | {"run": asked})
+            write_json(folder.path / "config.json", config)
         return folder
 
-    def check(self, spec: RunSpec) -> dict[str, Any]:
-        """What the folder is asked for when the run is wanted; nothing is written.
+    def merged_with(self, spec: RunSpec) -> dict[str, Any]:
+        """The configuration that the folder has once the run is wanted; nothing is written.
 
         :raises ValueError: see :meth:`create`
         """
         wanted = json.loads(json.dumps(asdict(spec), default=repr))
-        run = self.config.get("run")
+        config = self.config
+        run = config.get("run")
         if run is None:
-            return wanted
+            return config | {"run": wanted}
         there = {key: value for key, value in run.items() if value != wanted[key] and key != "steps"}
+        if there and not self.begun:
+            return {"run": wanted}
         if there:
             raise ValueError(
                 f"{self.path} holds a run with {there} instead of { {key: wanted[key] for key in there} }. "
-                "Choose another results folder, or another name for the setting (algo:name)."
+                "Choose another results folder (--out) or another name for the setting (algo:name), or delete that folder."
             )
         steps = max(run["steps"], wanted["steps"])
         if steps > run["steps"] and self.finished and not self.checkpoint.exists():
             raise ValueError(
                 f"{self.path} holds a run that was finished after {run['steps']:,} steps, and cannot go on to {steps:,}: "
-                "its checkpoint was not kept (--keep-checkpoints). Choose another results folder."
+                "its checkpoint was not kept (--keep-checkpoints). Choose another results folder (--out)."
             )
-        return run | {"steps": steps}
+        return config | {"run": run | {"steps": steps}}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -138,12 +141,21 @@ class RunFolder:
 
     @property
     def status(self) -> dict[str, Any]:
-        """``state``, ``step``, ``wall_clock`` and ``last_return``; ``state`` is "new" before the run starts."""
+        """``state``, ``step``, ``wall_clock`` and ``last_return``.
+
+        ``state`` is "new" before the run starts, then "starting" and "running"; "finished", "failed", or "stopped" where it
+        was asked to. A process that was killed leaves what was there.
+        """
         return {"state": "new", "step": 0, "wall_clock": 0.0, "last_return": None} | read_json(self.path / "status.json")
 
     @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint.zip"
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is anything to lose: a checkpoint, an evaluation or a process that is doing the run."""
+        return self.checkpoint.exists() or self.status["step"] > 0 or bool(self.read_evaluations()) or self.is_busy
 
     @property
     def finished(self) -> bool:
@@ -164,8 +176,8 @@ class RunFolder:
         except Timeout:
             return True
 
-    def describe(self, **what: Any) -> None:
-        """Add to the configuration what the run is done with."""
+    def record_start(self, **what: Any) -> None:
+        """Add to the configuration that the run is started, and what it is done with."""
         made_with = provenance()  # takes a while, in which the run may be asked for more steps
         config = self.config
         started = {

@@ -45,11 +45,17 @@ class Results:
     def load(cls, root: Path) -> "Results":
         """Read a results folder, or one that :meth:`save` wrote.
 
-        :raises ValueError: if there are no runs, if two folders hold the same one, or if one of the two tables is missing
+        :raises ValueError: if there are no runs, if two folders hold the same one, if one of the two tables is missing, or if
+            there are both tables and folders of runs
         """
         if (root / "runs.csv").exists():
             if not (root / "evaluations.csv").exists():
                 raise ValueError(f"{root} has a runs.csv, but no evaluations.csv, which belongs to it.")
+            if folder := next(find_runs(root), None):
+                raise ValueError(
+                    f"{root} has a runs.csv, as reports have, and folders of runs, such as {folder.path}. A report takes one "
+                    "or the other: move the two tables or the runs out of this folder."
+                )
             runs, evaluations = pd.read_csv(root / "runs.csv"), pd.read_csv(root / "evaluations.csv")
             return cls(runs if "settings" in runs else runs.assign(settings="{}"), evaluations)  # older ones do not say
         runs, evaluations = [], []
@@ -129,7 +135,8 @@ class Results:
         chosen = self.runs[[reached.get(tuple(key), -1) == steps for key in self.runs[RUN].itertuples(index=False)]]
         if chosen.empty:
             raise ValueError(
-                f"No run has an evaluation at step {steps}. All that learn have reached --at-step {self.common_step}."
+                f"No run was evaluated at step {steps:,}. The last step at which all runs were evaluated is "
+                f"{self.common_step:,} (--at-step {self.common_step})."
             )
         return self._only(chosen, there)
 
@@ -185,9 +192,8 @@ class Results:
         Where they are not known beforehand: the mean of the untrained policies, and the best mean of any algorithm. There are
         no scores if that is not the larger one, see :attr:`scored_tasks`.
         """
-        for prefix, known in SCORE_RANGES.items():
-            if task.startswith(prefix):
-                return known
+        if known := known_score_range(task):
+            return known
         rows = self.evaluations[(self.evaluations["env_id"] == task) & (self.evaluations["step"] == 0)]
         best = max(self.mean_return(task, algo) for algo in self.algos)
         return (float(rows["mean"].mean()) if rows["mean"].notna().any() else best - 1.0), best
@@ -215,15 +221,22 @@ class Results:
         return [task for task in self.tasks if all(len(self.final(task, algo)) for algo in algos)]
 
     def comparisons(self) -> list[tuple[list[str], list[str]]]:
-        """Algorithms with the tasks that they are compared on.
+        """Algorithms with the tasks that they are compared on: two algorithms at least, or the only one, on two tasks or more.
 
         First the algorithms that were run on every task; then all of them, where these are more, on the tasks they share.
         Only tasks with scores count.
         """
+        fewest = min(2, len(self.algos))
         scored = self.scored_tasks
         everywhere = [algo for algo in self.algos if all(len(self.final(task, algo)) for task in scored)]
         groups = [(everywhere, scored), (self.algos, [task for task in self.tasks_of(self.algos) if task in scored])]
-        return [group for i, group in enumerate(groups) if len(group[0]) > 1 and group[1] and group not in groups[:i]]
+        enough = [group for group in groups if len(group[0]) >= fewest and len(group[1]) > 1]
+        return [group for i, group in enumerate(enough) if group not in enough[:i]]
+
+
+def known_score_range(task: str) -> tuple[float, float] | None:
+    """Returns that count as 0 and 1 in a task whatever its runs are; None where these have to say."""
+    return next((known for prefix, known in SCORE_RANGES.items() if task.startswith(prefix)), None)
 
 
 def last_common_step(evaluations: pd.DataFrame) -> int:

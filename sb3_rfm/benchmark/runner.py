@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 
 from sb3_rfm.benchmark.records import RunFolder, RunSpec
-from sb3_rfm.benchmark.suites import short
+from sb3_rfm.benchmark.suites import Task, short
 from sb3_rfm.benchmark.worker import BUSY, STOPPED
 
 POLL_SECONDS = 0.5
@@ -33,19 +34,38 @@ MAX_KILLS = 3
 LINE_SECONDS = 60.0
 """Time between two lines of progress where there is no terminal."""
 
+RATE_SECONDS = 120.0
+"""Time over which speed is measured: random steps, before learning starts, are fast and soon forgotten."""
 
-def plan(tasks: Iterable[Any], labels: Sequence[str], seeds: Iterable[int], **common: Any) -> list[RunSpec]:
+
+def plan(
+    tasks: Iterable[Task],
+    labels: Sequence[str],
+    seeds: Iterable[int],
+    eval_every: int = RunSpec.eval_every,
+    eval_episodes: int = RunSpec.eval_episodes,
+    arguments: Mapping[str, dict[str, Any]] | None = None,
+) -> list[RunSpec]:
     """All runs of an experiment, the first seed of every algorithm and task before the second of any.
 
     :param tasks: Tasks
     :param labels: Labels of algorithms
     :param seeds: Seeds
-    :param common: ``eval_every``, ``eval_episodes`` and ``arguments``, the arguments of each label
+    :param eval_every: Environment steps between evaluations
+    :param eval_episodes: Episodes of an evaluation
+    :param arguments: Arguments that replace those of each label's setting
+    :raises ValueError: if an environment is among the tasks with different steps
     """
-    arguments = common.pop("arguments", {})
-    tasks = list(tasks)
+    tasks, arguments = list(tasks), arguments or {}
+    steps: dict[str, int] = {}
+    for task in tasks:
+        if steps.setdefault(task.env_id, task.steps) != task.steps:
+            raise ValueError(
+                f"{task.env_id} is asked for twice, with {steps[task.env_id]:,} and {task.steps:,} steps: "
+                "name it once, or give --steps for all tasks."
+            )
     return [
-        RunSpec(label, task.env_id, seed, task.steps, arguments=arguments.get(label, {}), **common)
+        RunSpec(label, task.env_id, seed, task.steps, eval_every, eval_episodes, arguments.get(label, {}))
         for seed in seeds
         for task in tasks
         for label in labels
@@ -146,12 +166,13 @@ class Sweep:
     def __post_init__(self) -> None:
         self.pending = [folder for folder in self.folders if not folder.finished]
         self.running: dict[Path, Job] = {}
+        self.ended = [folder for folder in self.folders if folder not in self.pending]
         self.failed: list[RunFolder] = []
         self.killed_by: dict[Path, str] = {}
         self.retry_at: dict[Path, float] = {}
         self.elsewhere: set[Path] = set()
         self.kills: dict[Path, int] = {}
-        self.first_step: dict[Path, tuple[float, int]] = {}
+        self.progress: dict[Path, deque[tuple[float, int]]] = {}
 
     def run(self) -> list[RunFolder]:
         """Do all runs.
@@ -198,6 +219,7 @@ class Sweep:
             self.elsewhere.discard(folder.path)
             if folder.finished:
                 self.pending.remove(folder)
+                self.ended.append(folder)
                 if not self.console.is_terminal:
                     self.console.print(self._line(folder, 0))
                 continue
@@ -222,8 +244,9 @@ class Sweep:
             elif (status < 0 or status == STOPPED) and self.kills.get(folder.path, 0) < MAX_KILLS:
                 self.kills[folder.path] = self.kills.get(folder.path, 0) + 1
                 self.pending.insert(0, folder)
-                self.first_step.pop(folder.path, None)  # its speed is measured anew
+                self.progress.pop(folder.path, None)  # its speed is measured anew
             elif status != 0:
+                self.ended.append(folder)
                 self.failed.append(folder)
                 if status < 0:
                     name = signal.Signals(-status).name
@@ -233,6 +256,8 @@ class Sweep:
                         folder.set_status(state="failed")
             elif not folder.finished:  # it was asked for more steps meanwhile
                 self.pending.append(folder)
+            else:
+                self.ended.append(folder)
             if not self.console.is_terminal and status != BUSY:
                 self.console.print(self._line(folder, status))
 
@@ -242,19 +267,27 @@ class Sweep:
         spec, state = folder.spec, folder.status
         what = f"{short(spec.env_id)}  {spec.algo}  seed {spec.seed}"
         if status != 0:
-            return f"{what}: ended with exit status {status} after {state['step']:,} steps"
+            how = "stopped" if status == STOPPED else f"ended with exit status {status}"
+            how = f"killed by {signal.Signals(-status).name}" if status < 0 else how
+            again = ", started again" if folder in self.pending else ""
+            return f"{what}: {how} after {state['step']:,} steps{again}"
         return f"{what}: return {state['last_return']:.1f} after {state['step']:,} steps, {duration(state['wall_clock'])}"
 
     def rates(self) -> dict[Path, float]:
-        """Environment steps per second of the runs that are being done, since they were first seen."""
+        """Environment steps per second of the runs that are being done, over the last :data:`RATE_SECONDS`."""
         now, result = time.monotonic(), {}
         for folder in self.folders:
             step = folder.status["step"]
             if step > 0 and (folder.path in self.running or folder.path in self.elsewhere):
-                start, first = self.first_step.setdefault(folder.path, (now, step))
-                if step < first:  # it has gone back to its checkpoint
-                    self.first_step[folder.path] = (now, step)
-                elif step > first:
+                seen = self.progress.setdefault(folder.path, deque())
+                if seen and step < seen[-1][1]:  # it has gone back to its checkpoint
+                    seen.clear()
+                if not seen or step > seen[-1][1]:
+                    seen.append((now, step))
+                while len(seen) > 2 and now - seen[1][0] >= RATE_SECONDS:  # two are left in an evaluation that takes longer
+                    seen.popleft()
+                start, first = seen[0]
+                if step > first:
                     result[folder.path] = (step - first) / (now - start)
         return result
 
@@ -306,10 +339,9 @@ class Sweep:
         for name in ("step", "steps/s", "return", "left"):
             table.add_column(name, justify="right")
         under_way = self.running.keys() | self.elsewhere
-        ended = [f for f in self.folders if f.path not in under_way and f not in self.pending][-8:]
         running = [f for f in self.folders if f.path in under_way and f.status["state"] != "new"]
         # Where not all fit, the summary below them does.
-        for folder in [*ended, *running][-max(1, self.console.height - 4) :]:
+        for folder in [*self.ended[-8:], *running][-max(1, self.console.height - 4) :]:
             spec, status = folder.spec, folder.status
             rate = rates.get(folder.path)
             left = f"{duration((spec.steps - status['step']) / rate)}" if rate else ""

@@ -65,7 +65,8 @@ class Evaluator:
         :param model: Model with the policy
         :param step: Environment steps learned from
         """
-        # Mixed by a hash, so that no evaluation shares its episodes with training or with another run.
+        # Mixed by a hash, so that no evaluation shares its episodes with training or with that of another seed or step.
+        # Algorithms share them at the same seed and step, so that they are compared on the same episodes.
         self.env.seed(int(np.random.SeedSequence([self.spec.seed, step]).generate_state(1)[0]) % 2**31)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             returns, _ = evaluate_policy(model, self.env, self.spec.eval_episodes, return_episode_rewards=True)
@@ -153,6 +154,7 @@ class Recorder(BaseCallback):
         if self.stop or self.num_timesteps - self.last_checkpoint >= self.checkpoint_every:
             self.write_checkpoint()
         if self.stop:
+            self.write_status(self.num_timesteps, "stopped")
             raise Stopped
 
     def _on_step(self) -> bool:
@@ -215,7 +217,7 @@ def _learn(folder: RunFolder, checkpoint_every: int, keep_checkpoint: bool) -> N
     remove_unfinished(folder.path, re.escape(folder.checkpoint.name))  # of a process that was killed
     arguments = get_setting(spec.algo, spec.arguments)
     model = build_model(folder, spec, arguments)
-    folder.describe(arguments=arguments, settings=settings(model, spec.algo))
+    folder.record_start(arguments=arguments, settings=settings(model, spec.algo))
     recorder = Recorder(folder, Evaluator(spec), checkpoint_every)
     recorder.continue_from(model.num_timesteps)
     recorder.write_status(model.num_timesteps, "starting")
