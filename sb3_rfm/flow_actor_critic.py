@@ -70,7 +70,7 @@ class FlowActorCritic(PersistentAlgorithm):
     :param n_steps: Steps of the n-step return
     :param temperature: λ of the target ``exp(Q / λ)``, in units of the reward; or ``"auto_<share>"``: that share of the mean
         difference of Q between two random actions, over the root of the action dimension, which makes learning
-        independent of the reward's scale; ``"auto"`` is ``"auto_0.05"``
+        independent of the reward's scale; before the first reward, actions are nearly uniform. ``"auto"`` is ``"auto_0.05"``
     :param n_candidates: Candidates K at which Q (and its gradient) is evaluated for each ``x_t``, by one of the critics
     :param coefficient: Control-variate coefficient in noise coordinates, where the algorithm leaves a choice
     :param path: ``"cond_ot"``, ``"cosine"``, ``"linear_vp"``, ``"ve"`` or a :class:`~sb3_rfm.paths.Path`
