@@ -250,7 +250,7 @@ def test_results_are_not_lost_by_asking_for_more_steps(tmp_path: Path) -> None:
 
 
 def test_mistyped_arguments_are_replaced_before_a_run_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a run that failed before its first evaluation, and in one that was never started."""
+    """In a run that failed at its start, in one that failed in its first evaluation, and in one that was never started."""
 
     class Here(LocalEngine):
         def start(self, folder: RunFolder) -> Any:
@@ -264,12 +264,15 @@ def test_mistyped_arguments_are_replaced_before_a_run_has_begun(tmp_path: Path, 
     command = ["run", "--suite", "Pendulum-v1", "--algos", "sac", "--seeds", "1", "--steps", "100", "--eval-every", "50"]
     command += ["--eval-episodes", "2", "--out", str(tmp_path), "--set", "learning_starts=60"]
     never = RunFolder.create(tmp_path, spec(algo="sac", seed=1, eval_every=10))
+    early = RunFolder.create(tmp_path, spec(algo="sac", seed=2, eval_every=10))
+    early.record_start(arguments={})
+    early.set_status(state="failed")
     assert main([*command, "policy_kwargs={'bad': 1}"]) == 1
     folder = RunFolder(tmp_path / spec(algo="sac").name)
     assert folder.status["state"] == "failed" and not folder.read_evaluations()
-    command[command.index("--seeds") + 1] = "2"
+    command[command.index("--seeds") + 1] = "3"
     assert main(command) == 0
-    for each in (folder, never):
+    for each in (folder, never, early):
         assert each.finished and each.spec.arguments == {"learning_starts": 60} and each.spec.eval_every == 50
         assert len(each.config["starts"]) == 1
 
