@@ -200,7 +200,12 @@ def _run_compiler(recipe: _Recipe, file: Path) -> None:
 
 @functools.cache
 def _load(file: Path) -> Callable[[list[Tensor]], list[Tensor]]:
-    """Load a library; models with the same graph share it."""
+    """Load a library; models with the same graph share it.
+
+    :raises FileNotFoundError: if there is none, of which PyTorch would warn as of an outdated one
+    """
+    if not file.exists():
+        raise FileNotFoundError(file)
     return torch._inductor.aoti_load_package(str(file)).loader.run
 
 

@@ -82,6 +82,14 @@ def test_a_compiler_that_fails_leaves_the_function_as_written(monkeypatch: pytes
     assert not list(tmp_path.glob("*.pt2"))
 
 
+def test_a_first_compilation_warns_of_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr("torch._inductor.package.package.log.warning", warned.append)
+    monkeypatch.setenv("SB3_RFM_CACHE", str(tmp_path))
+    torch.testing.assert_close(compiled(torch.cos)(torch.ones(2)), torch.ones(2).cos())
+    assert list(tmp_path.glob("*.pt2")) and not warned
+
+
 def test_a_damaged_library_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SB3_RFM_CACHE", str(tmp_path))
     compiled(torch.sin)(torch.ones(2))
