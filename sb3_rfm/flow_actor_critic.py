@@ -5,6 +5,8 @@ Here are arguments, logs and files; what is learned from a batch is in :mod:`sb3
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -273,7 +275,8 @@ class FlowActorCritic(PersistentAlgorithm):
 
     def _setup_learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> tuple[int, Any]:
         total_timesteps, callback = super()._setup_learn(total_timesteps, *args, **kwargs)
-        self._check_first_observation()
+        with self._begins_anew_after_errors():
+            check_finite("observation", self._last_obs, NOT_LEARNED)
         n_updates = self._n_updates - self._n_updates_at_setup + self._expected_updates(total_timesteps)
         mode = resolve_mode(self.execution, self.device, n_updates)
         if mode != self._learner.executor.mode:
@@ -285,10 +288,11 @@ class FlowActorCritic(PersistentAlgorithm):
             self._inform("No C++ compiler was found: updates run as written, slower than compiled.")
         return total_timesteps, callback
 
-    def _check_first_observation(self) -> None:
-        """Refuse an observation to begin with that is not finite; who tries again begins another episode."""
+    @contextmanager
+    def _begins_anew_after_errors(self) -> Iterator[None]:
+        """After what the environments returned was refused, who learns on begins an episode: they are elsewhere by then."""
         try:
-            check_finite("observation", self._last_obs, NOT_LEARNED)
+            yield
         except ValueError:
             self._last_obs = None
             raise
@@ -376,11 +380,8 @@ class FlowActorCritic(PersistentAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         """Store a transition, unless the environment returned something that would destroy the weights."""
-        try:
+        with self._begins_anew_after_errors():
             check_step(reward, new_obs, infos, is_normalized=self._vec_normalize_env is not None)
-        except ValueError:
-            self._last_obs = None  # the environments are elsewhere by now: who goes on begins an episode
-            raise
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def learn(

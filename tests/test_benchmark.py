@@ -24,7 +24,7 @@ from rich.console import Console
 from scipy import stats
 
 from sb3_rfm import RFM
-from sb3_rfm.benchmark import cases, cost, figures, records, report, speed, statistics
+from sb3_rfm.benchmark import cases, cost, figures, records, report, speed, statistics, summary
 from sb3_rfm.benchmark.__main__ import main, make_parser, planned
 from sb3_rfm.benchmark.cases import Sizes
 from sb3_rfm.benchmark.caveats import few_seeds
@@ -465,7 +465,7 @@ def test_report_writes_tables_pictures_and_one_page(made_up: Path, tmp_path: Pat
     assert "http" not in page and "$" not in page, "self-contained, and every place filled"
     table = (tmp_path / "final_returns.md").read_text(encoding="utf-8")
     assert "| walker-run |" in table and "[" in table and "As few as 2 seeds" in table
-    final = report.final_table(Results.load(made_up).at(None))
+    final = summary.final_table(Results.load(made_up).at(None))
     assert final.set_index(["env_id", "algo"]).loc[("Pendulum-v1", "sac"), "seeds"] == 2
     assert main(["report", str(tmp_path), "--at-step", "50", "--out", str(tmp_path / "again")]) == 0
 
@@ -826,8 +826,8 @@ def test_small_returns_are_told_apart(tmp_path: Path) -> None:
     page = write_report(tmp_path)
     assert "| Some | 0.43 [0.41, 0.45], n = 3 | 0.19 [0.17, 0.21], n = 3 |" in page
     results = Results.load(tmp_path)
-    assert "these are the returns 0.00 and 0.43 in Some." in report.score_ranges(results)
-    assert "In Some, the two are the mean of the untrained policies" in report.score_ranges(results)
+    assert "these are the returns 0.00 and 0.43 in Some." in summary.score_ranges(results)
+    assert "In Some, the two are the mean of the untrained policies" in summary.score_ranges(results)
     assert results.score_range("Some-v0")[0] == pytest.approx(3e-5)
     assert results.evaluations["returns"].astype(float).tolist() == pytest.approx(results.evaluations["mean"].tolist())
 

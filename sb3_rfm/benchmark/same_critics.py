@@ -23,7 +23,15 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 
 from sb3_rfm.actors import boltzmann_log_prob, squash, unsquash
-from sb3_rfm.benchmark.suites import get_algorithm, get_setting, get_tasks, make_env, parse_overrides, short, to_constructor
+from sb3_rfm.benchmark.suites import (
+    constructor_arguments,
+    get_algorithm,
+    get_setting,
+    get_tasks,
+    make_env,
+    parse_overrides,
+    short,
+)
 from sb3_rfm.benchmark.tables import Row, save
 from sb3_rfm.flow_actor_critic import FlowActorCritic
 from sb3_rfm.gradients import step
@@ -45,7 +53,7 @@ class Follower(Protocol):
 def follower_arguments(leader: FlowActorCritic, setting: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a follower: the leader's learning rate unless the setting has one, and no buffer of its own."""
     setting = {"learning_rate": leader.learning_rate} | setting | {"buffer_size": 1}
-    return to_constructor(setting, leader.action_space)
+    return constructor_arguments(setting, leader.action_space)
 
 
 class FlowFollower:
@@ -266,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         parser.error(str(error))
 
     env = make_env(task.env_id)
-    arguments = to_constructor(settings[args.leader], env.action_space)
+    arguments = constructor_arguments(settings[args.leader], env.action_space)
     leader = leading("MlpPolicy", env, seed=args.seed, device="cpu", **arguments)
     if min(args.every, args.states) < 1 or args.steps // args.every * args.every <= leader.learning_starts + 1:
         parser.error(

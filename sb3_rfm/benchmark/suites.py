@@ -151,7 +151,7 @@ def get_setting(label: str, overrides: dict[str, Any]) -> dict[str, Any]:
     return SETTINGS.get(label, {}) | overrides
 
 
-def to_constructor(setting: dict[str, Any], action_space: spaces.Space) -> dict[str, Any]:
+def constructor_arguments(setting: dict[str, Any], action_space: spaces.Space) -> dict[str, Any]:
     """Keyword arguments as the constructor takes them, of a setting, which is JSON.
 
     :param setting: See :func:`get_setting`; a number as ``action_noise`` is the standard deviation of Gaussian noise

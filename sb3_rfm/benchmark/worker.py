@@ -27,7 +27,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_rfm.benchmark.records import Evaluation, RunFolder, RunSpec
-from sb3_rfm.benchmark.suites import env_maker, get_algorithm, get_parameters, get_setting, to_constructor
+from sb3_rfm.benchmark.suites import constructor_arguments, env_maker, get_algorithm, get_parameters, get_setting
 from sb3_rfm.checkpoint import save_run
 from sb3_rfm.files import remove_unfinished
 from sb3_rfm.persistence import PersistentAlgorithm
@@ -180,7 +180,7 @@ def build_model(folder: RunFolder, spec: RunSpec, arguments: dict[str, Any]) -> 
     env = make_vec_env(env_maker(spec.env_id), seed=spec.seed, wrapper_class=Rewindable)
     if folder.checkpoint.exists():
         return algorithm.resume(folder.checkpoint, env=env, trusted=True)
-    return algorithm("MlpPolicy", env, seed=spec.seed, **to_constructor(arguments, env.action_space))
+    return algorithm("MlpPolicy", env, seed=spec.seed, **constructor_arguments(arguments, env.action_space))
 
 
 def settings(model: PersistentAlgorithm, label: str) -> dict[str, Any]:
